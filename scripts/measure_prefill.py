@@ -28,12 +28,15 @@ default = partial(NCConfig, DEFAULT_ALPHA, DEFAULT_C)
 SETTINGS: dict[str, NCConfig | None] = {
     "dense": None,
     "default": default(),
+    # Weights are shares of softmax mass, as with ``min_mass``, where else the highest score of a block counts.
+    "by mass": default(min_mass=1e-6, max_factor=1.0),
     **{f"alpha {alpha}": NCConfig(float(alpha), DEFAULT_C) for alpha in (8, 10)},
     "4 n^0.6": NCConfig(4.0, 0.6),
     "keys 32": default(block_size=32),
     **{f"queries {size}": default(query_block_size=size) for size in (32, 128)},
     **{f"stride {stride}": default(sample_stride=stride) for stride in (4, 8)},
     "local 0": default(local_keys=0),
+    "min_mass 0.9": NCConfig(8.0, DEFAULT_C, min_mass=0.9),
     "dense_below 0": default(dense_below=0),
     "topk 2 n^0.5": NCConfig(2.0, 0.5, selection="topk"),
     "window": default(selection="window"),

@@ -38,7 +38,7 @@ def small_calls(device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
     visible = torch.stack((torch.minimum(origin, position), position), -1)
     settings = {"alpha": 2.0, "C": 0.6, "visible": visible, "origin": origin}
     for selection, options in (
-        *(("block", {}), ("window", {})),
+        *(("block", {}), ("block", {"min_mass": 0.9}), ("window", {})),
         *(("topk", {"tail": "mean"}), ("topk", {"tail": "drop"})),
     ):
         output = sparse_attention(query, key, value, **settings, selection=selection, **options)

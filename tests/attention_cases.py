@@ -36,7 +36,7 @@ WAYS = {
     "pages": Way("block", "pages"),
 }
 PREFILL = tuple(way for way, of in WAYS.items() if of.index is None)
-BLOCK_OPTIONS = ("block_size", "query_block_size", "sample_stride", "local_keys")
+BLOCK_OPTIONS = ("block_size", "query_block_size", "sample_stride", "local_keys", "min_mass", "max_factor")
 
 
 @dataclass
@@ -58,6 +58,8 @@ class Case:
     query_block_size: int = 64
     sample_stride: int | None = 16
     local_keys: int = 0
+    min_mass: float | None = None
+    max_factor: float = 4.0
 
     @property
     def rows(self) -> torch.Tensor:
@@ -428,6 +430,13 @@ SHAPES = [
             ),
             ("packed-blocks", {}, {"intervals": "packed", "budget": 20}),
             ("sliding-blocks", {}, {"intervals": "sliding", "queries": 140, "keys": 170, "group": 1, "budget": 50}),
+            ("min-mass", {"min_mass": 0.9, "max_factor": 8.0}, {"queries": 90, "keys": 260, "budget": 33}),
+            ("min-mass-capped", {"min_mass": 0.99, "max_factor": 1.5}, {"keys": 300, "budget": 80}),
+            (
+                "min-mass-sliding",
+                {"min_mass": 0.97, "max_factor": 8.0},
+                {"keys": 300, "intervals": "sliding", "budget": 16},
+            ),
         )
     ),
     # Decoding: few queries, of sequences with one origin each.

@@ -132,6 +132,8 @@ def random_options(rng: random.Random, inputs: Inputs, selection: str) -> dict[s
             "query_block_size": rng.choice(QUERY_BLOCK_SIZES),
             "sample_stride": rng.choice((None, None, *SAMPLE_STRIDES)),
             "local_keys": rng.choice((0, 0, 64, rng.randint(0, 260), 10**6)),
+            "min_mass": rng.choice((None, None, 0.5, 0.9)),
+            "max_factor": rng.choice((1.0, 4.0, 1e300)),
         }
     return options | ({"tail": rng.choice(("drop", "drop", "mean"))} if selection == "topk" else {})
 
@@ -186,6 +188,9 @@ def _references(call: Call) -> Iterator[AttentionResult]:
     g = torch.Generator().manual_seed(0)
     for _ in range(0 if i.exact and selection != "block" else _PERTURBED):
         noisy = [t.double() * (1 + 4e-7 * torch.randn(t.shape, generator=g)) for t in (i.query, i.key)]
+        # So is the mass that blocks are found to keep, where they stop at one.
+        if o.get("min_mass"):
+            settings["min_mass"] = o["min_mass"] * (1 + 2e-6 * float(torch.randn(1, generator=g)))
         yield reference_attention(*noisy, i.value, **settings)
 
 

@@ -48,7 +48,7 @@ topk_tail-fp16-d128
 blocks-bf16-{d64-k16,d80-k16,d128-k16,d128-k32,d128-k64,d128-k128,d192v128-k16,d256-k16,d256-k128}
 blocks-{bf16-d64-k32,bf16-d128-k16,bf16-d128-k32,bf16-d256-k16,bf16-d256-k32,fp32-d128-k16}-sinks-softcap-stats
 blocks-{fp16-d128-k16,fp32-d64-k16,fp32-d128-k32,fp32-d256-k16}
-blocks-bf16-d128-k16-audit
+blocks-bf16-d128-k16{-audit,-min_mass,-min_mass-audit}
 encode-{bf16-d64,bf16-d80,bf16-d128,bf16-d256,fp16-d80,fp32-d128,fp32-d256}
 summarize-{bf16-d128-p128,fp16-d80-p64}
 pages-{bf16-d64-p16,bf16-d64-p16-many_pages,bf16-d128-p32,bf16-d128-p128-softcap,bf16-d256-p128-softcap}
@@ -175,6 +175,7 @@ def call(case: str) -> None:
             return_kept_mass="bounds" if "bounds" in options else None,
             tail="mean" if family == "topk_tail" or "tail" in options else "drop",
             backend="triton",
+            min_mass=0.9 if "min_mass" in options else None,
             **sizes,
         )
 

@@ -223,7 +223,7 @@ def test_an_output_is_wrong_by_a_percent_in_its_last_row_and_by_a_nan_in_a_row_t
     assert found == [True, False, False, False]
 
 
-@pytest.mark.parametrize(("option", "attends_all"), [("dense_below=300", True), ("block_size=32", False)])
+@pytest.mark.parametrize(("option", "attends_all"), [("dense_below=300", True), ("min_mass=0.5", False)])
 def test_options_reach_the_attention(tmp_path, option, attends_all):
     assert bench("prefill", tmp_path, "--lengths", "300", "--alpha", "1", "--selections", "block", "--set", option) == 0
     (row,) = rows_of("prefill", tmp_path, "block")

@@ -50,7 +50,7 @@ def truth(result: AttentionResult, kind: str) -> torch.Tensor:
     ("kind", "options"),
     [
         ("plain", {}),
-        ("padded", {}),
+        ("padded", {"min_mass": 0.7}),
         ("packed", {"query_block_size": 128, "sample_stride": 64, "local_keys": 0}),
         ("sliding", {}),
         ("plain", {"dense_below": 200, "sample_stride": 16}),

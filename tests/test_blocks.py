@@ -12,7 +12,6 @@ from tiny_models import random_ids, tiny_model
 
 from nc_patch import KeyIndex, NCConfig, patch_model, sparse_attention
 from nc_patch.ops.problem import Problem, causal_intervals, visible_mask
-from nc_patch.ops.reference import final_scores, raw_scores
 from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
 from nc_patch.selections.block.blocks import BlockOptions, BlockPlan, make_plan, plan_of
@@ -58,6 +57,10 @@ def test_local_keys_are_attended_within_the_budget_and_never_beyond_it(size, loc
             local = range(max(64 * number - local_keys, 0) // size, first)
             reached = {j for j in local if j >= first - (in_all - own - (number > 0))}
             assert {0, *range(first, first + own)} | reached <= chosen
+        # Nor does a kept mass to aim at change that.
+        options |= {"min_mass": 0.5, "max_factor": 1.0, "return_stats": True}
+        most = sparse_attention(query, key, value, alpha=float(budget), **options).attended.max()
+        assert int(most) <= max(-(-budget // size), own + 1) * size
 
 
 @pytest.mark.parametrize("dense_below", [1, 100, 128, 400])
@@ -83,6 +86,28 @@ def test_the_one_distant_block_that_a_query_block_looks_for_is_found(local_keys,
     assert kept[1][..., 512:].mean() < 0.5
 
 
+def test_min_mass_adds_blocks_within_its_factor_and_never_takes_any_away():
+    query, key, value = peaked(6, 1, 1024)
+    law = {"alpha": 2.0, "C": 0.5, "selection": "block", "dense_below": 0, "return_stats": True}
+    by_law = sparse_attention(query, key, value, **law)
+    more = sparse_attention(query, key, value, min_mass=0.9, max_factor=3.0, **law)
+    most = sparse_attention(query, key, value, min_mass=0.9, max_factor=1000.0, **law)
+    assert bool((more.attended >= by_law.attended).all())
+    assert bool((most.attended >= more.attended).all())
+    assert by_law.kept_mass.mean() < more.kept_mass.mean() < most.kept_mass.mean()
+    assert by_law.enlarged is None
+    assert bool((more.enlarged[:, 0] == 16).all())
+    assert 0 < more.enlarged[:, 1].sum() <= most.enlarged[:, 1].sum()
+    # A query block of a key/value head is enlarged where its last row, which sees most, attends more than by the law.
+    grown = (most.attended > by_law.attended)[0].view(2, 2, 16, 64).any((1, 3)).sum(-1)
+    assert torch.equal(most.enlarged[:, 1], grown.repeat_interleave(2).float())
+    plan = plan_of(causal_problem(query, key, value, 2.0), BlockOptions(min_mass=0.9, max_factor=1000.0))
+    kept = most.kept_mass[0, :, plan.samples.long()].double()
+    for number in plan.sample_owner.unique():
+        of_heads = kept[:, plan.sample_owner == number].view(2, -1).mean(-1)
+        assert bool((of_heads >= 0.9 - 1e-5).all()), "of the scored rows, for each key/value head"
+
+
 def causal_problem(query, key, value, alpha: float, dense_below: int = 0, **more) -> Problem:
     """A problem with a budget of alpha n^0.5."""
     visible = causal_intervals(len(query), query.shape[2], key.shape[2], "cpu")
@@ -90,18 +115,15 @@ def causal_problem(query, key, value, alpha: float, dense_below: int = 0, **more
     return problem_of(query, key, value, visible, budget, scale=0.25, **more)
 
 
-def test_what_an_audit_compares_with_is_the_share_of_the_rows_that_chose():
+def test_what_an_audit_compares_with_is_the_kept_mass_of_the_rows_that_chose():
     problem = causal_problem(*peaked(7, 2, 1024), 4.0, 300, stats=True, audit_seed=0)
-    result, plan = Block().run(problem, "torch"), plan_of(problem, Block())
-    choice, expected = choose_blocks(problem, plan, Block())
-    scores = final_scores(problem, raw_scores(problem)).masked_fill(~visible_mask(problem.visible, 1024), -torch.inf)
-    shares = scores.unflatten(-1, (64, 16)).amax(-1).softmax(-1)
+    options = Block(min_mass=0.5, max_factor=1.0)  # by which rows share out their softmax, not their highest scores
+    result, plan = options.run(problem, "torch"), plan_of(problem, options)
+    _, expected = choose_blocks(problem, plan, options)
     for number, (batch, *_, first_sample, samples) in enumerate(plan.listed):
         rows = plan.samples[first_sample : first_sample + samples].long()
-        for head in range(4):
-            chosen = choice.block_indices[number, head // 2, : choice.block_counts[number, head // 2]].long()
-            held = float(shares[batch, head, rows][:, chosen].sum(-1).mean()) if samples else 1.0
-            assert float(expected[number, head]) == pytest.approx(held, abs=1e-5)
+        true = result.kept_mass[batch, :, rows].mean(-1) if samples else torch.ones(4)
+        assert torch.allclose(expected[number], true, atol=1e-5)
     dense = [samples == 0 for *_, samples in plan.listed]
     assert dense == [last <= 300 for _, _, last, *_ in plan.listed]
     scored = torch.zeros(2, 1024, dtype=torch.bool)
@@ -139,7 +161,7 @@ def test_a_budget_of_all_keys_attends_them_wherever_intervals_begin_and_end(quer
         expected = sparse_attention(query, key, value, alpha=1e6, selection="dense", **options)
         options |= {"alpha": 1e6, "selection": "block", "block_size": block_size}
         index = KeyIndex.build(key, "pages", block_size=block_size)
-        for more in ({}, *([{"index": index}] if queries <= 32 else [])):
+        for more in ({}, {"min_mass": 0.9}, *([{"index": index}] if queries <= 32 else [])):
             found = sparse_attention(query, key, value, **options, **more)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 

@@ -66,7 +66,8 @@ REFUSED = [
     (law, {"local_keys": -1}, ValueError, "local_keys must be at least 0, got -1"),
     *((law, {"local_keys": x}, TypeError, f"local_keys must be an integer, got {x}") for x in (1.5, None)),
     (law, {"sample_stride": 0}, ValueError, "sample_stride must be at least 1, got 0"),
-    (law, {"max_dropped_mass": Decimal("nan")}, ValueError, "max_dropped_mass must be a number in .*, got "),
+    (law, {"min_mass": 1.0}, ValueError, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
+    (law, {"max_factor": Decimal("nan")}, ValueError, "max_factor must be a number of at least 1, got "),
     *((law, {"track": x}, TypeError, "track must be True or False, got ") for x in (0, 1, "yes", None, np.int8(1))),
     *((law, {"dense_below": x}, ValueError, f"dense_below must be .*got {x}") for x in (-1, 2**40)),
     *((law, {"dense_below": x}, TypeError, f"dense_below must be .*got {x}") for x in (1.5, True)),
@@ -182,7 +183,7 @@ def test_integers_numbers_and_truth_values_of_any_library_become_those_of_python
 def test_a_setting_and_an_argument_may_be_a_number_of_any_library(three, half):
     def settings_of(three, half, true):
         whole = {"sink_keys": three, "recent_keys": three, "min_keys": three, "dense_layers": [three, three]}
-        return NCConfig(half, half, **whole, max_dropped_mass=half, track=true)
+        return NCConfig(half, half, **whole, min_mass=half, max_dropped_mass=half, max_factor=three, track=true)
 
     config, plain = settings_of(three, half, np.True_), settings_of(3, 0.5, True)
     assert (config, config.to_json(), config.budget(three)) == (plain, plain.to_json(), plain.budget(3))

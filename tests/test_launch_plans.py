@@ -139,10 +139,10 @@ def attend_blocks(head_dim: int, block_size: int) -> None:
     listed.length = blocks
     count, samples = integers(blocks, HEADS), integers(blocks * scored)
     rows = (integers(blocks, PLAN_COLUMNS), meta(BATCH, KEYS, dtype=torch.int64))
-    plan = BlockPlan(*rows, count, count, samples, samples, listed, 1024)
+    plan = BlockPlan(*rows, count, count, count, samples, samples, listed, 1024)
     tiles = triton_block.block_tiles("sm_80", query.dtype, head_dim, head_dim, block_size)
     problem = problem_of(query, query, query, visible, integers(BATCH, 1, KEYS), stats=True)
-    choice, _ = triton_block.choose_blocks(problem, plan, tiles.score, Block(block_size))
+    choice, _ = triton_block.choose_blocks(problem, plan, tiles.score, Block(block_size, min_mass=0.5))
     triton_block.attend_blocks(problem, plan, choice, tiles, block_size)
 
 

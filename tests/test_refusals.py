@@ -11,7 +11,7 @@ QUERY, KEY = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 30, 8)
 GIVEN = {"query": QUERY, "key": KEY, "value": KEY.clone(), "alpha": 2.0, "C": 0.5}
 OPTIONS = (
     *("alpha", "C", "scale", "softcap", "sink_keys", "recent_keys", "min_keys", "dense_below", "block_size"),
-    *("query_block_size", "sample_stride", "local_keys", "selection", "backend", "tail", "law"),
+    *("query_block_size", "sample_stride", "local_keys", "max_factor", "selection", "backend", "tail", "law"),
     *("return_kept_mass", "no_such_option"),
 )
 NO_VALUES = (float("nan"), float("inf"), -float("inf"), -1.0, 10**400, "2", None, True, [], {}, 1j, b"1")

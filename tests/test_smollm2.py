@@ -21,6 +21,7 @@ pytest.importorskip("gguf", reason="the conversion of SmolLM2 needs the package 
 pytestmark = pytest.mark.slow
 TOPK = {"selection": "topk", "tail": "drop"}
 WINDOW = {"selection": "window", "sink_keys": 4}
+FLOOR = {"selection": "block", "min_mass": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,10 @@ def perplexity(smollm2, text):
         ("perplexity", 2.0, 0.7, TOPK, 0, 1.03),
         ("perplexity", DEFAULT_ALPHA, DEFAULT_C, {}, 0, 1.02),
         ("perplexity", 4.0, 0.6, {"selection": "block"}, 0, 1.08),
+        ("perplexity", 4.0, 0.6, FLOOR, 0, 1.05),
         ("recall", 2.0, 0.5, TOPK, 0, 1.5),
         ("recall", 4.0, 0.6, {"selection": "block"}, 0, 1.5),
+        ("recall", 4.0, 0.6, FLOOR, 0, 1.1),
         # A window with the budget of those that recall does not.
         ("recall", 2.0, 0.5, WINDOW, 10, math.inf),
         ("recall", 4.0, 0.6, WINDOW, 10, math.inf),

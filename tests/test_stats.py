@@ -45,6 +45,7 @@ def test_every_figure_says_what_it_rests_on(options, prefill, decode):
             assert found["rows"] == rows
             assert 0 < found["lower"] <= found["mean"] <= found["upper"] <= 1
             assert found["mean"] == pytest.approx(sum(found["mean_by_head"]) / 4, rel=1e-6)
+            assert found["enlarged_fraction"] is None
             assert found["certified"] == (basis != "estimate")
             assert (found["audited_rows"] > 0) == (basis == "estimate")
             assert (found["least"] is None) == (basis == "estimate")
@@ -82,6 +83,17 @@ def test_tracking_changes_no_output_and_no_gradient_keeps_no_graph_and_counts_a_
     assert [sum(found["calls"].values()) for found in kept(model)] == [3] * 3
 
 
+def test_min_mass_says_how_often_it_took_more_and_keeps_more():
+    model, ids = tiny_model("llama"), random_ids(1, 300)
+    with torch.inference_mode():
+        patch_model(model, 2.0, 0.5, **BLOCK)(ids)
+        by_law = [found["mean"] for found in kept(model)]
+        patch_model(model, 2.0, 0.5, min_mass=0.9, **BLOCK)(ids)
+    for found, before in zip(kept(model), by_law, strict=True):
+        assert 0 < found["enlarged_fraction"] <= 1
+        assert found["mean"] > before
+
+
 def test_calls_add_up_and_survive_copies_and_pickles(monkeypatch):
     monkeypatch.setattr("nc_patch.stats._FOLD_AT", 3)
     counters = LayerCounters()
@@ -94,7 +106,7 @@ def test_calls_add_up_and_survive_copies_and_pickles(monkeypatch):
     counters.mass["decode"].add_bounds("dense", torch.ones(1, 2, 2, 2), seen, 0.8)
     audit = torch.tensor([[10.0, 6.0, 0.5, 5.0, 6.0], [10.0, 8.0, 0.25, 5.0, 6.0], [20.0, 14.0, 0.4, 5.0, 12.0]])
     for _ in range(7):
-        counters.mass["prefill"].add_audit(audit)
+        counters.mass["prefill"].add_audit(audit, torch.tensor([[3.0, 1.0], [1.0, 0.0]]))
     counters.exceeded_calls = 4
     half = 2.0301 * (7 * 0.4) ** 0.5 / 140  # the quantile of Student's t with 35 degrees of freedom
     for held in (counters, copy.deepcopy(counters), pickle.loads(pickle.dumps(counters))):
@@ -108,14 +120,14 @@ def test_calls_add_up_and_survive_copies_and_pickles(monkeypatch):
         assert (decode["least"], decode["below"]) == (0.5, int((lower < 0.8).sum()))
         assert prefill["mean_by_head"] == pytest.approx([0.6, 0.8])
         assert (prefill["mean"], prefill["upper"]) == pytest.approx((0.7, 0.7 + half), rel=1e-3)
-        assert prefill["audited_rows"] == 2 * 7 * 6
+        assert (prefill["audited_rows"], prefill["enlarged_fraction"]) == (2 * 7 * 6, 0.25)
 
 
 def test_what_is_certain_and_what_is_estimated_make_one_interval():
     counts = MassCounts()
     visible = torch.tensor([[[0, 9]] * 30], dtype=torch.int32)
     counts.add_bounds("dense", torch.ones(1, 1, 30, 2), visible, 0.9)
-    counts.add_audit(torch.tensor([[10.0, 5.0, 1.0, 5.0, 6.0]] * 2))
+    counts.add_audit(torch.tensor([[10.0, 5.0, 1.0, 5.0, 6.0]] * 2), None)
     found = counts.summary()
     assert not found["certified"]
     assert found["mean"] == pytest.approx(35 / 40)
@@ -133,7 +145,7 @@ def test_a_model_that_is_moved_while_it_is_counted_goes_on_counting():
         for law in (None, ()):
             counters.add(attended.to(device), visible.to(device), law=law)
         mass.add_bounds("exact", bounds.to(device), visible.to(device), 0.5)
-        mass.add_audit(torch.ones(3, 5, device=device))
+        mass.add_audit(torch.ones(3, 5, device=device), torch.ones(2, 2, device=device))
     assert counters.calls == 2 * 1103
     assert mass.calls == {"exact": 1103, "estimate": 1103}
 

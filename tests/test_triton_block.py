@@ -33,7 +33,9 @@ def choose(case: Case, problem: Problem) -> tuple[torch.Tensor, ...]:
     return tuple(x.cpu() for x in (*choice, kept))
 
 
-@pytest.mark.parametrize("name", ["stride-by-the-law", "local-keys", "packed-dense-rows", "sliding-blocks"])
+@pytest.mark.parametrize(
+    "name", ["stride-by-the-law", "local-keys", "packed-dense-rows", "min-mass", "min-mass-sliding"]
+)
 def test_choice_and_what_it_keeps_are_those_of_the_definition_and_of_pytorch(name, device):
     case = DESCRIBED[f"{name}-block"][0].case(1)
     problem, options = problem_of_case(case, audit_seed=0), case.selection("block")
@@ -45,12 +47,12 @@ def test_choice_and_what_it_keeps_are_those_of_the_definition_and_of_pytorch(nam
     assert (indices[..., most:] == -1).all()
     plan = make_plan(problem, options)
     assert len(plan.samples) > 0
-    assert torch.equal(counts, plan.law)
+    assert bool((counts > plan.law).any()) == (case.min_mass is not None)
     assert_close(kept, torch_choose_blocks(problem, plan, options)[1].double(), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["dense-rows", "full-budget"])
-def test_the_audit_equals_that_of_the_other_backend(name, device):
+@pytest.mark.parametrize("name", ["min-mass", "dense-rows", "full-budget"])
+def test_the_audit_and_how_many_attend_more_equal_those_of_the_other_backend(name, device):
     case = DESCRIBED[f"{name}-block"][0].case(2)
     ours, theirs = (
         case.selection("block").run(problem_of_case(case, place, audit_seed=5), backend)
@@ -58,6 +60,8 @@ def test_the_audit_equals_that_of_the_other_backend(name, device):
     )
     assert float(theirs.audit[0, 1]) > 0
     assert_close(ours.audit.cpu(), theirs.audit.double(), 1e-4)
+    assert (ours.enlarged is None) == (case.min_mass is None)
+    assert ours.enlarged is None or torch.equal(ours.enlarged.cpu(), theirs.enlarged)
 
 
 def test_ties_go_to_the_lower_position(device):
@@ -71,7 +75,7 @@ def test_ties_go_to_the_lower_position(device):
 
 @pytest.mark.parametrize("bytes_at_once", [1, 6000])
 def test_chunks_of_query_blocks_change_nothing(bytes_at_once, device, monkeypatch):
-    case = shape_of("chunks", batch=2, group=1, intervals="padding").case()
+    case = shape_of("chunks", batch=2, group=1, intervals="padding", blocks={"min_mass": 0.8}).case()
     problem = problem_of_case(case, device)
     whole = choose(case, problem)
     for name in ("SCORE_BYTES", "MOST_SCORE_BYTES"):
@@ -86,8 +90,8 @@ def test_chunks_of_query_blocks_change_nothing(bytes_at_once, device, monkeypatc
 def test_a_block_scores_the_same_whether_its_tile_is_masked_or_not(softcap, device, monkeypatch):
     # A compiler, and ``gpu_semantics``, round a product once where it goes straight into a difference: no mask between.
     # Row 0 sees all keys in one call, so that no tile is masked, and half of them in the other; rows 1 to 3 see all.
-    blocks = {"sample_stride": 1}
-    case = shape_of("paths", group=1, queries=4, keys=256, softcap=softcap, budget=100, blocks=blocks).case()
+    options = {"sample_stride": 1, "min_mass": 0.9}
+    case = shape_of("paths", group=1, queries=4, keys=256, softcap=softcap, budget=100, blocks=options).case()
     case.query *= 30  # large scores, in which a rounding shows
     found, score = [], triton_block.score_blocks_kernel
 

@@ -22,7 +22,7 @@ threshold-{bf16-d64,bf16-d80,bf16-d128,bf16-d256,bf16-d128-few_rows,fp32-d128}
 topk-{bf16-d64-sinks-softcap-stats,bf16-d256-sinks-softcap-stats,bf16-d96,bf16-d128-few_rows,fp16-d128,fp32-d128}
 window-{bf16-d128,fp32-d256}
 topk_tail-{bf16-d64,bf16-d256-few_rows,fp32-d128-few_rows}
-choose_blocks-{bf16-d64-k16,bf16-d128-k16-audit}
+choose_blocks-{bf16-d64-k16,bf16-d128-k16-min_mass-audit}
 attend_blocks-bf16-d256-k128
 score_pages-bf16-d256-p128-softcap
 {score,attend}_pages-bf16-d128-p32-paged

@@ -192,8 +192,8 @@ def test_the_cache_of_built_requests_tells_lengths_apart(evaluate, tmp_path, mon
         ({}, {}),
         ({"selection": "window"}, {"prefill": "window", "decode": "window"}),
         (
-            {"prefill": "block", "block_size": 16, "sample_stride": 8, "tail": "drop"},
-            {"prefill": Block(16, sample_stride=8), "decode": TopK(tail="drop")},
+            {"prefill": "block", "block_size": 16, "min_mass": 0.9, "tail": "drop"},
+            {"prefill": Block(16, min_mass=0.9), "decode": TopK(tail="drop")},
         ),
         ({"dense_layers": "0+1+29"}, {"dense_layers": (0, 1, 29)}),
         ({"dense_layers": 3}, {"dense_layers": (3,)}),

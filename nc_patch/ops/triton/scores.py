@@ -76,6 +76,13 @@ def score_run(queries, keys, begin, in_range, shape, EDGE: tl.constexpr):
 @triton.jit
 def logits_base2(scores, settings):
     """Raw scores scaled, soft-capped, and times log2(e), so that the softmax can use exp2."""
+    bent, factor = factored_logits(scores, settings)
+    return bent * factor
+
+
+@triton.jit
+def factored_logits(scores, settings):
+    """Two factors of ``logits_base2``: a tensor, and a positive number."""
     if settings.softcap is not None:
         ratio = scores * (settings.scale / settings.softcap)
         shrink = tl.exp2(tl.abs(ratio) * (-2.0 * LOG2_E))
@@ -85,7 +92,7 @@ def logits_base2(scores, settings):
     else:
         bent = scores
         factor = settings.scale * LOG2_E
-    return bent * factor
+    return bent, factor
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 
 from nc_patch.ops.problem import AUDIT_COLUMNS, AttentionResult, Problem
 from nc_patch.ops.rows import final_scores_, hide_unseen_, rows_per_block, scores_of
-from nc_patch.selections.block.blocks import BlockChoice, BlockPlan
+from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan
 
 # One row of so many is audited, within limits: few rows say little, and more than enough cost for nothing.
 _ROWS_PER_AUDITED = 256
@@ -22,21 +22,31 @@ def audited_rows(query_length: int) -> int:
     return min(max(query_length // _ROWS_PER_AUDITED, _FEWEST), _MOST)
 
 
-def audited(
-    result: AttentionResult, problem: Problem, plan: BlockPlan, choice: BlockChoice, expected: torch.Tensor | None,
-    block_size: int,
+def judged(
+    result: AttentionResult, problem: Problem, plan: BlockPlan, options: BlockOptions, choice: BlockChoice,
+    expected: torch.Tensor | None,
 ) -> AttentionResult:  # fmt: skip
-    """A result with the ``audit`` of its choice for N query blocks.
+    """A result with what there is to say of its choice: how often ``min_mass`` has enlarged it, and the ``audit``."""
+    if options.enlarges:
+        more = (choice.block_counts > plan.law).sum(0).repeat_interleave(problem.group)
+        result = result._replace(enlarged=torch.stack((torch.full_like(more, len(plan.law)), more), -1).float())
+    if expected is not None:
+        result = result._replace(audit=audit(problem, plan, choice, expected, options.size))
+    return result
+
+
+def audit(
+    problem: Problem, plan: BlockPlan, choice: BlockChoice, expected: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """The audit of a choice for N query blocks, float32 ``[Hq + 1, 5]``, columns ``AUDIT_COLUMNS``.
 
     Its rows are drawn by ``problem.audit_seed``; the global random state is left alone. Does not read the device.
-    ``expected``, float32 ``[N, Hq]``, is the mean kept mass of each query block's scored rows; None for no audit.
+    ``expected``, float32 ``[N, Hq]``, is the mean kept mass of each query block's scored rows.
     """
-    if expected is None:
-        return result
     B, Hq, Lq, _ = problem.query.shape
     count, owner = audited_rows(Lq), plan.owner
     if len(expected) == 0:
-        return result._replace(audit=expected.new_zeros(Hq + 1, len(AUDIT_COLUMNS)))
+        return expected.new_zeros(Hq + 1, len(AUDIT_COLUMNS))
     occupied = owner >= 0
     rows = occupied.sum(-1)
     drawn = _draw(occupied, rows, count, problem.audit_seed)
@@ -58,10 +68,9 @@ def audited(
     variance = (rows[:, None].float().square() * spread / count).sum(0)
     sequences, heads = (rows > 0).sum(), expected.new_ones(Hq + 1)
     heads[-1] = Hq
-    kept_mass, seen = torch.cat((estimate, estimate.sum()[None])), sequences * count
-    freedom = (seen - sequences).expand_as(heads)
-    columns = (rows.sum() * heads, kept_mass, variance, freedom, seen * heads)
-    return result._replace(audit=torch.stack(columns, -1))
+    kept_mass, audited = torch.cat((estimate, estimate.sum()[None])), sequences * count
+    freedom = (audited - sequences).expand_as(heads)
+    return torch.stack((rows.sum() * heads, kept_mass, variance, freedom, audited * heads), -1)
 
 
 def _draw(occupied: torch.Tensor, rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:

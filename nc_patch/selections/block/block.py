@@ -9,7 +9,7 @@ import torch
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.reference import final_scores
 from nc_patch.selections.base import Choice, Selection, register
-from nc_patch.selections.block.audit import audited
+from nc_patch.selections.block.audit import judged
 from nc_patch.selections.block.blocks import BlockOptions, plan_of
 from nc_patch.selections.block.definition import block_choice, chosen_mask, page_mask
 from nc_patch.selections.block.torch import choose_blocks, chosen_blocks, torch_block_decode
@@ -27,6 +27,9 @@ class Block(BlockOptions):
             None follows the budget: the power of two, from 2 to 64, nearest to n / (2 * k(n)) for a query block that
             sees n keys, so that choosing costs as much as attending and a prompt of n tokens n^(1+C) in all.
         local_keys: in prefill so many keys before a query block are attended always, within the budget.
+        min_mass: kept mass in (0, 1) to aim at in prefill: where the sampled queries keep less within the budget, their
+            block of queries attends more key blocks. None for the budget alone.
+        max_factor: the most that ``min_mass`` may attend, as a multiple of the budget's blocks, at least 1.
     """
 
     index_kind: ClassVar = "pages"
@@ -65,7 +68,7 @@ class Block(BlockOptions):
         plan = plan_of(problem, self)
         choice, expected = choose_blocks(problem, plan, self)
         result = chosen_blocks(problem, plan, choice, self.size).attend()
-        return audited(result, problem, plan, choice, expected, self.size)
+        return judged(result, problem, plan, self, choice, expected)
 
     def prefill_triton(self, problem: Problem) -> AttentionResult:
         """In kernels; see ``prefill``."""
@@ -74,13 +77,15 @@ class Block(BlockOptions):
         return triton_block_attention(problem, self)
 
     def prefill_cpu(self, problem: Problem) -> AttentionResult:
-        """In a compiled kernel; see ``cpu``."""
+        """In a compiled kernel; see ``cpu``. With ``min_mass`` in PyTorch."""
+        if self.min_mass is not None:
+            return self.prefill_torch(problem)
         from nc_patch.selections.block.cpu import cpu_block_attention
 
         result, plan = cpu_block_attention(problem, self), plan_of(problem, self)
         if problem.audit_seed < 0:
             return result
-        return audited(result, problem, plan, *choose_blocks(problem, plan, self), self.size)
+        return judged(result, problem, plan, self, *choose_blocks(problem, plan, self))
 
     def decode_torch(self, problem: Problem) -> AttentionResult:
         """By page statistics, in PyTorch; see ``torch``."""

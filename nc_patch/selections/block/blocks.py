@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from nc_patch.common import check_choice, check_integer, once
+from nc_patch.common import check_choice, check_integer, check_number, once
 from nc_patch.ops.derivatives import is_capturing
 from nc_patch.ops.problem import Problem
 from nc_patch.selections.base import Selection
@@ -33,6 +33,8 @@ class BlockOptions(Selection):
     query_block_size: int = 64
     sample_stride: int | None = None
     local_keys: int = 64
+    min_mass: float | None = None
+    max_factor: float = 4.0
 
     shorthand: ClassVar = {"size": "block_size"}
     checks: ClassVar = {
@@ -40,7 +42,14 @@ class BlockOptions(Selection):
         "query_block_size": partial(_one_of, allowed=QUERY_BLOCK_SIZES),
         "sample_stride": partial(_one_of, allowed=SAMPLE_STRIDES),
         "local_keys": partial(check_integer, least=0),
+        "min_mass": partial(check_number, allowed="a number in (0, 1), or None", ok=lambda v: 0 < v < 1),
+        "max_factor": partial(check_number, allowed="a number of at least 1", ok=lambda v: v >= 1),
     }
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether it has a mass to aim at."""
+        return self.min_mass is not None
 
 
 class BlockChoice(NamedTuple):
@@ -84,16 +93,17 @@ class BlockPlan(NamedTuple):
         owner: int64 ``[B, Lq]``, which query block each row belongs to; -1 for rows in none.
         recent: int32 ``[N, Hkv]``: attended always are ``lowest`` and the blocks from ``lowest + recent`` on, which
             hold the query block's own positions and, as far as the budget reaches, ``local_keys`` before them.
-        law: int32 ``[N, Hkv]``, how many blocks are attended. capacity: the most of these.
+        law: int32 ``[N, Hkv]``, how many blocks are attended. limit: the most that ``min_mass`` may make it.
         samples: int32 ``[S]``, the rows of Lq that are scored, by query block, whose numbers are ``sample_owner``
             int32 ``[S]``. A query block that attends all its key blocks scores none.
-        listed: ``table`` on the host.
+        listed: ``table`` on the host. capacity: the most blocks that a query block may attend.
     """
 
     table: torch.Tensor
     owner: torch.Tensor
     recent: torch.Tensor
     law: torch.Tensor
+    limit: torch.Tensor
     samples: torch.Tensor
     sample_owner: torch.Tensor
     listed: list[PlannedBlock]
@@ -129,7 +139,7 @@ def make_plan(problem: Problem, options: BlockOptions) -> BlockPlan:
     if N == 0:
         none = torch.zeros(0, dtype=torch.int32, device=device)
         pairs = none.new_zeros(0, heads)
-        return BlockPlan(none.new_zeros(0, PLAN_COLUMNS), owner, pairs, pairs, none, none, [], 1)
+        return BlockPlan(none.new_zeros(0, PLAN_COLUMNS), owner, pairs, pairs, pairs, none, none, [], 1)
     block_of_row = owner.flatten()
 
     def reduce(of_rows: torch.Tensor, how: str) -> torch.Tensor:
@@ -153,7 +163,10 @@ def make_plan(problem: Problem, options: BlockOptions) -> BlockPlan:
     recent = ((highest + 2)[:, None] - counts).clamp(local, own)
     recent = (recent - lowest[:, None]).clamp_(min=0).contiguous()
     always = (recent > 0).int() + width[:, None] - recent
-    law = counts.clamp(always, width[:, None]).contiguous()
+    law = limit = counts.clamp(always, width[:, None]).contiguous()
+    if options.min_mass is not None:
+        most = (counts.double() * options.max_factor).ceil_().clamp_(max=2**31 - 1).int()
+        limit = most.clamp(always, width[:, None]).contiguous()
 
     # Of each query block the last row of every stride is scored, and its last row.
     stride = strides_of(high - low, counts, options)[block_of_row]
@@ -166,9 +179,9 @@ def make_plan(problem: Problem, options: BlockOptions) -> BlockPlan:
     of_batch = (opens // Lq).int()
     columns = (of_batch, first, first + rows, low, high, begins, lowest, width, bounds[:-1], bounds.diff())
     table = torch.stack(columns, -1)
-    *found, (capacity, *_) = torch.cat((table, law.max().expand(1, PLAN_COLUMNS))).tolist()
+    *found, (capacity, *_) = torch.cat((table, limit.max().expand(1, PLAN_COLUMNS))).tolist()
     listed = [PlannedBlock(*row) for row in found]
-    return BlockPlan(table, owner, recent, law, (samples % Lq).int(), of_block.int(), listed, capacity)
+    return BlockPlan(table, owner, recent, law, limit, (samples % Lq).int(), of_block.int(), listed, capacity)
 
 
 def _query_blocks(visible: torch.Tensor, origin: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

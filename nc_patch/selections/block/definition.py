@@ -23,9 +23,13 @@ def block_choice(problem: Problem, scores: torch.Tensor, options: BlockOptions) 
 
     In each query block every ``sample_stride``-th row (the last of each stride, and the block's last row) is scored
     against all keys; without a number the stride is that of ``stride_by_law`` for n / 2k, k the mean over key/value
-    heads of what those key blocks hold. Each key block has a logit for each such row, its highest score. The softmax
-    over blocks is the row's share for each; a block's weight is the largest share of any sampled row of any of the G
-    heads, and infinite where one is not a number.
+    heads of what those key blocks hold. Each key block has a logit for each such row, its highest score; with
+    ``min_mass`` the log-sum-exp of its scores, so that shares are of softmax mass. The softmax over blocks is the row's
+    share for each; a block's weight is the largest share of any sampled row of any of the G heads, and infinite where
+    one is not a number.
+
+    With ``min_mass`` it goes on in that order until the mean mass that the sampled rows and heads put on what is chosen
+    reaches ``min_mass``, but not beyond ``ceil(max_factor * ceil(k / size))`` blocks.
     """
     visible, group, Hkv, size = problem.visible, problem.group, problem.key.shape[1], options.size
     scores = scores.detach().masked_fill(~visible_mask(visible, scores.shape[-1]), -torch.inf)
@@ -46,12 +50,22 @@ def block_choice(problem: Problem, scores: torch.Tensor, options: BlockOptions) 
             logits = []
             for j in range(low, high + 1):
                 keys = slice(max(begin + j * size, 0), max(begin + (j + 1) * size, 0))
-                logits.append(scores[b, h * group : (h + 1) * group, sampled, keys].amax(-1))
-            weight = torch.softmax(torch.stack(logits), 0).flatten(1).amax(1).nan_to_num(nan=math.inf).tolist()
+                of_block = scores[b, h * group : (h + 1) * group, sampled, keys]
+                logits.append(torch.logsumexp(of_block, -1) if options.min_mass else of_block.amax(-1))
+            shares = torch.softmax(torch.stack(logits), 0).flatten(1)
+            weight, mass = shares.amax(1).nan_to_num(nan=math.inf).tolist(), shares.nan_to_num(nan=0.0).sum(1).tolist()
             recent = max(min(max(local, high + 2 - count), own), low)
             always = {0, *range(recent - low, width)}
             order = [*always, *sorted({*range(width)} - always, key=weight.__getitem__, reverse=True)]
-            found.append(torch.tensor(sorted(order[: max(count, len(always))]), dtype=torch.int32) + low)
+            taken = max(count, len(always))
+            if options.min_mass is not None:
+                missing, most = (
+                    options.min_mass * len(sampled) * group,
+                    min(math.ceil(options.max_factor * count), width),
+                )
+                while taken < most and sum(mass[j] for j in order[:taken]) < missing:
+                    taken += 1
+            found.append(torch.tensor(sorted(order[:taken]), dtype=torch.int32) + low)
     shape = (len(found) // Hkv, Hkv)
     padded = pad_sequence([*found, torch.empty(0, dtype=torch.int32)], batch_first=True, padding_value=-1)[:-1]
     counted = torch.tensor([len(chosen) for chosen in found], dtype=torch.int32)

@@ -51,6 +51,42 @@ def count_candidates(weights, first, second, third):
 
 
 @triton.jit
+def count_to_mass(weights, masses, missing):
+    """How many of the heaviest candidates hold a mass of ``missing`` or more; ``masses`` points to the mass of each.
+
+    Bisects for the largest weight such that all that weigh as much or more are enough; of those that weigh just as
+    much only as many count as are needed, each with their mean mass.
+    """
+    low = weights.stop * 0
+    high = low + ABOVE_INFINITY
+    while (missing > 0.0) & (high - low > 1):
+        middle = low + (high - low) // 2
+        mass, _count = weigh(weights, masses, middle)
+        low = tl.where(mass >= missing, middle, low)
+        high = tl.where(mass >= missing, high, middle)
+    mass_above, count_above = weigh(weights, masses, low + 1)
+    mass_from, count_from = weigh(weights, masses, low)
+    tied = (count_from - count_above).to(tl.float32)
+    each = (mass_from - mass_above) / tl.maximum(tied, 1.0)
+    ties = tl.ceil((missing - mass_above) / tl.maximum(each, 1e-38))
+    ties = tl.minimum(tl.maximum(ties, 1.0), tied).to(tl.int32)
+    return tl.where(missing > 0.0, count_above + ties, 0)
+
+
+@triton.jit
+def weigh(weights, masses, least_rank):
+    """(mass, count) of the candidates whose rank is ``least_rank``, which is not negative, or more."""
+    mass = least_rank.to(tl.float32) * 0.0
+    count = least_rank * 0
+    for begin in range(0, weights.stop, weights.lanes.shape[0]):
+        place = begin + weights.lanes
+        reached = load_ranks(weights, place) >= least_rank
+        mass += tl.sum(tl.load(masses + place, mask=reached, other=0.0), axis=0)
+        count += tl.sum(reached.to(tl.int32), axis=0)
+    return mass, count
+
+
+@triton.jit
 def take(weights, count, place, cut, spare, taken_before, ties_before):
     """Where a tile of ``count`` places goes in an ascending list: (where, which are taken, taken and ties to its end).
 

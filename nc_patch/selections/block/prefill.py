@@ -18,7 +18,7 @@ from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.triton import launch
 from nc_patch.ops.triton.launch import Tiles
 from nc_patch.ops.triton.structs import heads
-from nc_patch.selections.block.audit import audited
+from nc_patch.selections.block.audit import judged
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan, plan_of
 from nc_patch.selections.block.prefill_kernels import (
     Plan,
@@ -90,7 +90,7 @@ def triton_block_attention(problem: Problem, options: BlockOptions) -> Attention
     with launch.on_device(device):
         choice, expected = choose_blocks(problem, plan, tiles.score, options)
         result = attend_blocks(problem, plan, choice, tiles, options.size)
-    return audited(result, problem, plan, choice, expected, options.size)
+    return judged(result, problem, plan, options, choice, expected)
 
 
 def choose_blocks(
@@ -103,6 +103,7 @@ def choose_blocks(
     query, device, D = problem.query, problem.query.device, problem.query.shape[3]
     Hkv, group, S = problem.key.shape[1], problem.group, plan.samples.shape[0]
     architecture, indices = launch.architecture_of(device), plan.law.new_full((*plan.law.shape, plan.capacity), -1)
+    choice = BlockChoice(indices, torch.empty_like(plan.law))
     chunks = score_chunks(plan, Hkv, group, launch.multiprocessors(device))
     segments = [max(1, triton.cdiv(chunk.width * options.size, _SEGMENT)) for chunk in chunks]
     blocks = max((chunk.width * (chunk.last - chunk.first) for chunk in chunks), default=0)
@@ -114,18 +115,18 @@ def choose_blocks(
 
     kept = None if problem.audit_seed < 0 else floats(Hkv, S, group)
     both = {
-        "plan": Plan(plan.table, plan.samples, plan.sample_owner, plan.recent, plan.law),
+        "plan": Plan(plan.table, plan.samples, plan.sample_owner, plan.recent, plan.law, plan.limit),
         "scores": floats(scores * group * Hkv), "row_lse": floats(sums * group * Hkv), "group": group,
     }  # fmt: skip
     scored = {
         "query": heads(query), "key": heads(problem.key), "visible": problem.visible, "Lq": query.shape[2],
         "Lk": problem.key.shape[2], "settings": launch.settings_of(problem), "shape": launch.shape_of(D, D, tiles),
-        "BLOCK_SIZE": options.size, **both, **score_options(D, tiles, architecture),
+        "BLOCK_SIZE": options.size, "MASS": options.enlarges, **both, **score_options(D, tiles, architecture),
     }  # fmt: skip
     chosen = {
-        "all_weights": floats(blocks * Hkv), "block_indices": indices, "kept": kept, "num_kv_heads": Hkv,
-        "sample_count": S, "capacity": plan.capacity,
-        "BLOCK_R": _ROWS_AT_ONCE, "BLOCK_C": _BLOCKS_AT_ONCE, "BLOCK_P": _RANKS_AT_ONCE,
+        "all_weights": floats(blocks * Hkv), "all_masses": floats(blocks * Hkv) if options.enlarges else None,
+        "choice": choice, "kept": kept, "num_kv_heads": Hkv, "sample_count": S, "capacity": plan.capacity,
+        "min_mass": options.min_mass, "BLOCK_R": _ROWS_AT_ONCE, "BLOCK_C": _BLOCKS_AT_ONCE, "BLOCK_P": _RANKS_AT_ONCE,
         **both, **launch.compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture),
     }  # fmt: skip
     for chunk, of in zip(chunks, segments, strict=True):
@@ -135,7 +136,6 @@ def choose_blocks(
             score_blocks_kernel[(triton.cdiv(rows, tiles.rows), Hkv, of)](**changing, **scored)
         pairs = (chunk.last - chunk.first, Hkv)
         choose_blocks_kernel[pairs](first_number=chunk.first, segments=of, **changing, **chosen)
-    choice = BlockChoice(indices, plan.law)
     if kept is None:
         return choice, None
     lengths = plan.table[:, 9].long()

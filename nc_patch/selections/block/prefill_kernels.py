@@ -14,6 +14,7 @@ from nc_patch.ops.triton.scores import (
     LOG2_E,
     dot,
     dot_scores,
+    factored_logits,
     finite_or_zero,
     fold,
     join_sink,
@@ -24,7 +25,7 @@ from nc_patch.ops.triton.scores import (
 )
 from nc_patch.ops.triton.structs import PER_CALL, Rows
 from nc_patch.selections.block.blocks import PLAN_COLUMNS, PlannedBlock
-from nc_patch.selections.block.heaviest import Weights, find_cut, take
+from nc_patch.selections.block.heaviest import Weights, count_to_mass, find_cut, take
 
 _COLUMNS = tl.constexpr(PLAN_COLUMNS)
 # Entries of the list of blocks that are looked at in one step.
@@ -32,7 +33,7 @@ _LIST = tl.constexpr(128)
 
 
 # The tensors of a ``blocks.BlockPlan`` that the kernels read.
-Plan = namedtuple("Plan", "table samples sample_owner recent law")
+Plan = namedtuple("Plan", "table samples sample_owner recent law limit")
 
 # Where scores of key blocks are: pointers to those of block 0 of each row, which has ``blocks`` of them.
 BlockScores = namedtuple("BlockScores", "data stride blocks")
@@ -59,13 +60,14 @@ def load_query_block(table, number, mask):
 @triton.jit(do_not_specialize=[*PER_CALL, "first_sample", "row_count", "width"])
 def score_blocks_kernel(
     query, key, visible, plan, scores, row_lse, group, Lq, Lk, first_sample, row_count, width, settings, shape,
-    BLOCK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
     """The logits of key blocks for sampled rows: ``scores [num_kv_heads, width, row_count]``.
 
-    A block's logit is its highest. Of each segment of the keys a row's log-sum-exp over the blocks goes to ``row_lse
-    [segments, num_kv_heads, row_count]``. Rows are (sample, query head of the group), the head running fastest, from
-    the plan's ``first_sample`` on; blocks are counted from the first that the row's query block sees.
+    A block's logit is its highest, or with ``MASS`` the log-sum-exp of its keys'. Of each segment of the keys a row's
+    log-sum-exp over the blocks goes to ``row_lse [segments, num_kv_heads, row_count]``. Rows are (sample, query head of
+    the group), the head running fastest, from the plan's ``first_sample`` on; blocks are counted from the first that
+    the row's query block sees.
 
     A program takes ``BLOCK_M`` consecutive rows of one key/value head, whatever query blocks they belong to, so that
     keys are read once for several query blocks. The third axis of the grid divides these keys into segments.
@@ -107,11 +109,11 @@ def score_blocks_kernel(
         written = BlockScores(scores + kv_head * width * row_count + flat, row_count, tl.where(here, own.width, 0))
         peak, total = score_tiles(
             queries, keys, rows, low, 0, before, after, tiles, Lk, written, first_block, peak, total, settings, shape,
-            BLOCK_SIZE, True,
+            BLOCK_SIZE, MASS, True,
         )  # fmt: skip
         peak, total = score_tiles(
             queries, keys, rows, low, before, after, 0, 0, Lk, written, first_block, peak, total, settings, shape,
-            BLOCK_SIZE, False,
+            BLOCK_SIZE, MASS, False,
         )  # fmt: skip
         remaining = remaining & ~here
     places = row_lse + (segment * tl.num_programs(1) + kv_head) * row_count + flat
@@ -121,7 +123,7 @@ def score_blocks_kernel(
 @triton.jit
 def score_tiles(
     queries, keys, rows, low, from_tile, to_tile, later_from, later_to, Lk, written, first_block, peak, total, settings,
-    shape, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+    shape, BLOCK_SIZE: tl.constexpr, MASS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Scores the tiles ``from_tile:to_tile`` and ``later_from:later_to`` of the keys from ``low`` on.
 
@@ -139,7 +141,7 @@ def score_tiles(
         seen = tl.full([1, 1], True, dtype=tl.int1)
         if MASKED:
             seen = (columns[None, :] >= rows.start[:, None]) & (columns[None, :] < rows.end[:, None])
-        logits = block_logits(raw, seen, settings, shape.BLOCK_M, blocks_of_tile, BLOCK_SIZE, MASKED)
+        logits = block_logits(raw, seen, settings, shape.BLOCK_M, blocks_of_tile, BLOCK_SIZE, MASS, MASKED)
         block = first_block[:, None] + tile * blocks_of_tile + tl.arange(0, blocks_of_tile)[None, :]
         own = (block >= 0) & (block < written.blocks[:, None])
         tl.store(written.data[:, None] + block.to(tl.int64) * written.stride, logits, mask=own)
@@ -149,15 +151,29 @@ def score_tiles(
 
 @triton.jit
 def block_logits(
-    raw, seen, settings, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr
+    raw, seen, settings, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """The logit in base 2 of each block of a tile of raw scores ``[BLOCK_M, BLOCKS * BLOCK_SIZE]``."""
-    # A soft-cap and the scale keep the order of scores: they are applied to the highest alone.
-    by_block = tl.reshape(tl.where(seen, raw, float("-inf")) if MASKED else raw, (BLOCK_M, BLOCKS, BLOCK_SIZE))
-    highest = tl.max(by_block, axis=2)
-    # A maximum passes over what is not a number; a sum does not.
-    whole = tl.sum(tl.reshape(tl.where(seen, raw, 0.0) if MASKED else raw, by_block.shape), axis=2)
-    return logits_base2(tl.where(whole == whole, highest, whole), settings)
+    if MASS:
+        bent, factor = factored_logits(raw, settings)
+        if MASKED:
+            bent = tl.where(seen, bent, float("-inf"))
+        by_block = tl.reshape(bent, (BLOCK_M, BLOCKS, BLOCK_SIZE))
+        base = finite_or_zero(tl.max(by_block, axis=2) * factor)
+        # A fused multiply-add by name: left to the compiler, tiles with and without a mask would round differently, and
+        # a block's logit would depend on which other rows share its tile.
+        factors = tl.full(by_block.shape, factor, dtype=tl.float32)
+        total = tl.sum(tl.exp2(tl.fma(by_block, factors, tl.broadcast_to(-base[:, :, None], by_block.shape))), axis=2)
+        logits = base + tl.log2(total)
+    else:
+        # A soft-cap and the scale keep the order of scores: they are applied to the highest alone.
+        by_block = tl.reshape(tl.where(seen, raw, float("-inf")) if MASKED else raw, (BLOCK_M, BLOCKS, BLOCK_SIZE))
+        highest = tl.max(by_block, axis=2)
+        # A maximum passes over what is not a number; a sum does not.
+        whole = tl.sum(tl.reshape(tl.where(seen, raw, 0.0) if MASKED else raw, by_block.shape), axis=2)
+        logits = logits_base2(tl.where(whole == whole, highest, whole), settings)
+    return logits
 
 
 _CHANGING = ("first_number", "first_sample", "segments", "sample_count", "row_count", "width", "capacity")
@@ -165,14 +181,16 @@ _CHANGING = ("first_number", "first_sample", "segments", "sample_count", "row_co
 
 @triton.jit(do_not_specialize=[*PER_CALL, *_CHANGING])
 def choose_blocks_kernel(
-    plan, scores, all_weights, row_lse, block_indices, kept, num_kv_heads, group, first_number, first_sample, segments,
-    sample_count, row_count, width, capacity, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    plan, scores, all_weights, all_masses, row_lse, choice, kept, num_kv_heads, group, first_number, first_sample,
+    segments, sample_count, row_count, width, capacity, min_mass, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The ``block_indices`` of query block ``first_number + program_id(0)`` and key/value head ``program_id(1)``.
+    """The ``BlockChoice`` of query block ``first_number + program_id(0)`` and key/value head ``program_id(1)``.
 
     Reads ``scores`` and ``row_lse``, as ``score_blocks_kernel`` writes them, for the largest share that any row puts on
-    each block, which goes to the program's row of ``all_weights``; and once more for what each sampled row keeps,
-    ``kept [num_kv_heads, sample_count, group]``, which is None where it is not wanted.
+    each block, which goes to the program's row of ``all_weights``, and for its mass, to ``all_masses``; and once more
+    for what each sampled row keeps, ``kept [num_kv_heads, sample_count, group]``. ``all_masses`` and ``min_mass`` are
+    None for no ``min_mass``, ``kept`` where it is not wanted.
     """
     local = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -204,6 +222,7 @@ def choose_blocks_kernel(
     for from_block in range(0, tl.where(rows > 0, own.width, 0), BLOCK_C):
         block = from_block + tl.arange(0, BLOCK_C)
         share = tl.full([BLOCK_C], float("-inf"), dtype=tl.float32)
+        held = tl.zeros([BLOCK_C], dtype=tl.float32)
         for from_row in range(0, rows, BLOCK_R):
             row = from_row + tl.arange(0, BLOCK_R)
             present = row < rows
@@ -211,20 +230,34 @@ def choose_blocks_kernel(
             tile = load_scores(logits, row, present, block) - whole[:, None]
             # NaN ranks first, with infinity, and weighs nothing.
             share = tl.maximum(share, tl.max(tl.where(tile == tile, tile, float("inf")), axis=0))
+            if min_mass is not None:
+                held += tl.sum(tl.where(tile == tile, tl.exp2(tile), 0.0), axis=0)
         tl.store(all_weights + program * width + block, tl.exp2(share), mask=block < own.width)
+        if min_mass is not None:
+            tl.store(all_masses + program * width + block, held, mask=block < own.width)
     tl.debug_barrier()
 
     # Without a sampled row all blocks are attended, and there are no weights to look at.
     recent = tl.where(rows > 0, tl.load(plan.recent + pair), 0)
     weights = Weights(all_weights + program * width, recent, tl.arange(0, BLOCK_P))
     always = tl.minimum(recent, 1) + own.width - recent
-    cut, spare = find_cut(weights, tl.load(plan.law + pair) - always)
+    wanted = tl.load(plan.law + pair)
+    if min_mass is not None:
+        masses = all_masses + program * width
+        # Without a sampled row there are no masses either, and none is missing.
+        weighed = tl.where(rows > 0, own.width, 0)
+        missing = min_mass * tl.cast(rows, tl.float32) - mass_of_always(masses, weighed, recent, BLOCK_P)
+        more = always + count_to_mass(weights, masses, missing)
+        # Where even all blocks miss the target by rounding, all are asked for.
+        wanted = tl.minimum(tl.maximum(wanted, more), tl.load(plan.limit + pair))
+    cut, spare = find_cut(weights, wanted - always)
+    tl.store(choice.block_counts + pair, wanted)
     taken_before = 0
     ties_before = 0
     for from_block in range(0, own.width, BLOCK_C):
         block = from_block + tl.arange(0, BLOCK_C)
         place, taken, taken_before, ties_before = take(weights, own.width, block, cut, spare, taken_before, ties_before)
-        tl.store(block_indices + pair * capacity + place, own.lowest + block, mask=taken & (place < capacity))
+        tl.store(choice.block_indices + pair * capacity + place, own.lowest + block, mask=taken & (place < capacity))
 
     if kept is not None:
         for from_row in range(0, rows, BLOCK_R):
@@ -252,6 +285,17 @@ def load_scores(scores, row, present, block):
     """Scores ``[BLOCK_R, BLOCK_C]`` of rows and blocks; -inf where there is no such row or block."""
     pointers = scores.data + (block.to(tl.int64)[None, :] * scores.stride + row[:, None])
     return tl.load(pointers, mask=present[:, None] & (block < scores.blocks)[None, :], other=float("-inf"))
+
+
+@triton.jit
+def mass_of_always(masses, blocks, recent, BLOCK_P: tl.constexpr):
+    """The mass of the blocks that are always attended."""
+    mass = tl.cast(blocks * 0, tl.float32)
+    for first in range(0, blocks, BLOCK_P):
+        block = first + tl.arange(0, BLOCK_P)
+        always = (block < blocks) & ((block == 0) | (block >= recent))
+        mass += tl.sum(tl.load(masses + block, mask=always, other=0.0), axis=0)
+    return mass
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "query_blocks", "capacity", "row_tiles"])

@@ -100,49 +100,59 @@ def choose_blocks(problem: Problem, plan: BlockPlan, options: BlockOptions) -> t
     That is the mean kept mass of each query block's scored rows, float32 ``[N, Hq]``, 1 where there are none; a row
     whose shares are not numbers counts as keeping nothing. None where there is to be no audit.
     """
-    indices, expected = plan.law.new_full((*plan.law.shape, plan.capacity), -1), None
+    most = max((block.width for block in plan.listed), default=0)
+    indices, counts = plan.law.new_full((*plan.law.shape, most), -1), plan.law.clone()
+    expected = None
     if problem.audit_seed >= 0:
         expected = problem.query.new_ones(len(plan.listed), problem.query.shape[1], dtype=torch.float32)
     for number, block in enumerate(plan.listed):
-        shares = _shares(problem, plan, block, options.size)
-        order = _heaviest_first(shares, plan.recent[number])
+        shares = _shares(problem, plan, block, options)
+        order, count = _heaviest(shares, plan.recent[number], plan.law[number], plan.limit[number], options.min_mass)
         ranked = torch.arange(block.width, device=order.device).expand_as(order)
-        chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, ranked < plan.law[number][:, None])
-        # Ascending, behind them what is not chosen.
-        found = torch.where(chosen, ranked, block.width).sort(-1).values[:, : plan.capacity]
-        indices[number, :, : found.shape[1]] = torch.where(found < block.width, found + block.lowest, -1).int()
+        chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, ranked < count[:, None])
+        found = torch.where(chosen, ranked, most).sort(-1).values  # ascending, behind them what is not chosen
+        indices[number, :, : block.width] = torch.where(found < most, found + block.lowest, -1).int()
+        counts[number] = count
         if expected is not None and block.samples:
             kept = (shares * chosen[:, None, None]).sum(-1).nan_to_num(nan=0.0).clamp(max=1.0).flatten(0, 1)
             expected[number] = kept.mean(-1)
-    return BlockChoice(indices, plan.law), expected
+    return BlockChoice(indices[..., : int(counts.max()) if len(counts) else 0], counts), expected
 
 
-def _shares(problem: Problem, plan: BlockPlan, block: PlannedBlock, size: int) -> torch.Tensor:
+def _shares(problem: Problem, plan: BlockPlan, block: PlannedBlock, options: BlockOptions) -> torch.Tensor:
     """The share of every key block for the S scored rows, as the definition says, float32 ``[Hkv, G, S, width]``."""
     b, rows = block.batch, plan.samples[block.first_sample : block.first_sample + block.samples].long()
     query, key = problem.query[b, :, rows].float(), problem.key[b, :, block.low : block.high].float()
     scores = final_scores_(scores_of(query, key), problem.scale, problem.softcap)
     position = torch.arange(block.low, block.high, device=query.device)
     hide_unseen_(scores, problem.visible[b, rows], position)
-    start = block.begin + block.lowest * size
-    missing = (block.low - start, start + block.width * size - block.high)
-    by_block = torch.nn.functional.pad(scores, missing, value=-torch.inf).unflatten(-1, (block.width, size))
-    return torch.softmax(by_block.amax(-1), -1).unflatten(0, (key.shape[0], problem.group))
+    start = block.begin + block.lowest * options.size
+    missing = (block.low - start, start + block.width * options.size - block.high)
+    by_block = torch.nn.functional.pad(scores, missing, value=-torch.inf).unflatten(-1, (block.width, options.size))
+    logits = by_block.amax(-1) if options.min_mass is None else torch.logsumexp(by_block, -1)
+    return torch.softmax(logits, -1).unflatten(0, (key.shape[0], problem.group))
 
 
-def _heaviest_first(shares: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
-    """The key blocks from the first to be attended to the last, int64 ``[Hkv, width]``.
+def _heaviest(
+    shares: torch.Tensor, recent: torch.Tensor, law: torch.Tensor, limit: torch.Tensor, min_mass: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The key blocks from the first to be attended to the last, int64 ``[Hkv, width]``, and how many are, ``[Hkv]``.
 
-    ``recent``, int32 ``[Hkv]``: see ``BlockPlan``.
+    ``recent``, ``law`` and ``limit``: int32 ``[Hkv]``, see ``BlockPlan``.
     """
     rows = shares.flatten(1, 2)
-    block = torch.arange(rows.shape[-1], device=recent.device)
+    block = torch.arange(rows.shape[-1], device=law.device)
     if rows.shape[1] == 0:  # every block is attended
-        return block.expand(len(recent), -1)
+        return block.expand(len(law), -1), law
     # The largest share, not their sum: one row that needs a block for itself alone would not be heard among many.
     weight = rows.amax(1).nan_to_num_(nan=torch.finfo(torch.float32).max)
     weight.masked_fill_((block == 0) | (block >= recent[:, None]), torch.inf)  # attended always
-    return torch.sort(weight, dim=-1, descending=True, stable=True).indices
+    order = torch.sort(weight, dim=-1, descending=True, stable=True).indices
+    if min_mass is None:
+        return order, law
+    kept = rows.nan_to_num(nan=0.0).sum(1).gather(-1, order).cumsum(-1)
+    needed = (kept < min_mass * rows.shape[1]).sum(-1, dtype=torch.int32) + 1
+    return order, torch.maximum(law, needed.minimum(limit))
 
 
 def torch_block_decode(problem: Problem) -> AttentionResult:
