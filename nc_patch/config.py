@@ -35,6 +35,8 @@ DEFAULT_ALPHA, DEFAULT_C = 12.0, 0.5
 DEFAULT_DENSE_BELOW = 1024
 _DEFAULT_SELECTIONS: dict[str, Selection] = {"prefill": Block(), "decode": TopK()}
 _PHASES = tuple(_DEFAULT_SELECTIONS)
+# Options of earlier versions, which files may still hold with the value that was their default.
+_REMOVED = {"estimator": "sampled", "refine": True, "law": "power"}
 
 
 @dataclass(frozen=True, init=False)
@@ -218,12 +220,12 @@ class NCConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NCConfig":
-        """The config that ``to_dict`` wrote; raises as the constructor."""
+        """The config that ``to_dict`` wrote, here or in earlier versions; raises as the constructor."""
         if not isinstance(values, Mapping):
             raise TypeError(f"a config is a mapping of names to values, got {type(values).__name__}")
         if "alpha" not in values:
             raise TypeError("alpha is missing: give the factor of the budget law, for example alpha=2.0")
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if (name, value) not in _REMOVED.items()})
 
     def to_json(self) -> str:
         """The config as a JSON object."""
@@ -272,13 +274,10 @@ def as_selection(name: str, given: Any) -> Selection:
     if isinstance(given, Selection):
         return given
     options = dict(given) if isinstance(given, Mapping) else {"name": given}
-    kind_name = options.pop("name", None)
-    if not isinstance(kind_name, str) or kind_name not in selection_names():
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, selection_names()))}, got {shown(kind_name)}")
-    kind = selection_class(kind_name)
+    kind = selection_class(options.pop("name", None), name)
     unknown = sorted(map(str, options.keys() - set(kind.options)))
     if unknown:
-        raise TypeError(f"{name}: {kind_name!r} has no option {', '.join(unknown)}; it has {', '.join(kind.options)}")
+        raise TypeError(f"{name}: {kind.name!r} has no option {', '.join(unknown)}; it has {', '.join(kind.options)}")
     return kind(**options)
 
 

@@ -137,11 +137,14 @@ def test_any_value_of_any_setting_is_taken_or_refused_by_name(value, name):
     assert said if config is None else read(config.to_json()) == config
 
 
-def test_files_that_lack_a_setting_get_its_default(dense_with_few_keys):
+@pytest.mark.parametrize(("name", "default"), [("estimator", "sampled"), ("refine", True), ("law", "power")])
+def test_files_of_earlier_versions_load(name, default, dense_with_few_keys):
     config = NCConfig(2.0, 0.5, prefill="block", track=True)
     values = config.to_dict()
     assert values.pop("dense_below") == 1024
-    assert read(json.dumps(values)) == config != dataclasses.replace(config, dense_below=0)
+    assert read(json.dumps(values | {name: default})) == config != dataclasses.replace(config, dense_below=0)
+    with pytest.raises(TypeError, match=f"unknown option {name}"):
+        NCConfig.from_dict(values | {name: "other"})
 
 
 @pytest.mark.parametrize("alpha", [2.0, [1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]]])

@@ -3,11 +3,12 @@
 import ast
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from nc_patch.common import plain, shown
+from nc_patch.common import check_choice, plain
 from nc_patch.ops.attend_rows import attend_rows
 from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
 from nc_patch.ops.reference import raw_scores, reference_attention
@@ -150,6 +151,7 @@ def register(name: str) -> Callable[[Kind], Kind]:
                     f"{kind.__name__}.{option.name} needs a default that is a number, a bool, a string or None"
                 )
         _SELECTIONS[name] = kind
+        read_selection.cache_clear()
         return kind
 
     return add
@@ -160,13 +162,12 @@ def selection_names() -> tuple[str, ...]:
     return tuple(_SELECTIONS)
 
 
-def selection_class(name: str) -> "type[Selection]":
-    """The selection of a name; raises ValueError where there is none, which lists those there are."""
-    if not isinstance(name, str) or name not in _SELECTIONS:
-        raise ValueError(f"a selection must be one of {', '.join(map(repr, _SELECTIONS))}, got {shown(name)}")
-    return _SELECTIONS[name]
+def selection_class(name: str, setting: str = "a selection") -> "type[Selection]":
+    """The selection of a name; raises ValueError where there is none, which lists those that a ``setting`` may be."""
+    return _SELECTIONS[check_choice(setting, name, selection_names())]
 
 
+@lru_cache(maxsize=256)
 def read_selection(text: str) -> Selection:
     """The inverse of ``Selection.written``."""
     name, options = text.split(" ", 1)
