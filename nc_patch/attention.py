@@ -13,15 +13,13 @@ from nc_patch.certificates import record, record_dense
 from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, once, say_once
 from nc_patch.config import NCConfig
 from nc_patch.functional import attend, backend_of, by_index, check_scale
-from nc_patch.hooks import IMPLEMENTATION, told_boundaries
-from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed
+from nc_patch.layers import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, Observed, told_boundaries
 from nc_patch.masks import interval_mask
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.derivatives import in_transform, is_capturing, needs_gradient, refuse_tangents
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem, check_tensors
 from nc_patch.selections import Dense, Selection
-from nc_patch.stats import tally
 from nc_patch.visibility import (
     BOUNDARIES,
     Visibility,
@@ -49,7 +47,7 @@ def nc_attention_forward(
 
     A module that carries no ``LayerPatch`` has its config from a patched model: it runs dense, and the log says so.
     Of the other arguments ``scaling``, ``softcap`` and ``s_aux`` (sinks) count, ``nc_layer_cache`` comes from
-    ``hooks.hand_on_cache``, ``BOUNDARIES`` say where packed sequences begin, and those that ask for what sparse
+    ``layers.hand_on_cache``, ``BOUNDARIES`` say where packed sequences begin, and those that ask for what sparse
     attention cannot do are refused.
 
     Raises:
@@ -106,7 +104,7 @@ def _attention(
         if counts and mask is not None:
             n = seen_keys(mask).sum(-1).expand(len(query), -1, Lq)
             visible = torch.stack((torch.zeros_like(n[:, 0]), n.amax(1)), -1)
-            patch.counters.add(tally(n, visible, patch.counters.tail), plan.dense_reason)
+            patch.counters.add(n, visible, plan.dense_reason)
         return _dense_by_mask(problem, mask, crosses)
     assert mask is not None
     visibility, several = _visible_keys(module, patch, problem, mask, arguments)
@@ -177,17 +175,9 @@ def _plan(patch: LayerPatch, query: torch.Tensor, key_length: int, started: bool
     continues = started and query.shape[2] <= MAX_DECODE_QUERIES and not together
     decoding = query.shape[2] == 1 or continues
     selection = config.decode if decoding else config.prefill
-    reason = None
+    reason = config.dense_reason(layer, selection, key_length)
     if patch is _UNPATCHED:
         reason = "the module is not patched"
-    elif layer in config.dense_layers:
-        reason = "the layer is in dense_layers"
-    elif isinstance(selection, Dense):
-        reason = 'the selection is "dense"'
-    elif config.is_dense(layer):
-        reason = "alpha >= 1 with C = 1 attends every key"
-    elif key_length <= config.dense_below:
-        reason = f"no query sees more than dense_below={config.dense_below} keys"
     host_reads = not torch.compiler.is_compiling() and not is_capturing(query)
     # Inside torch.func's transforms a value of the computation may stand for many.
     readable = host_reads and not in_transform()
@@ -244,15 +234,12 @@ def _budgets(
     patch: LayerPatch, visible: torch.Tensor, key_length: int, decoding: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The budgets of a layer's queries; and those of all layers, where they differ and were found at once."""
-    config, laws = patch.config, patch.config.laws(patch.layer)
+    config = patch.config
     if config.layers is not None and decoding and not torch.compiler.is_compiling():
         find_all = lambda: config.budgets_by_layer(visible, key_length)  # noqa: E731
         budgets: tuple[torch.Tensor, ...] = once(visible, ("budgets", config, key_length), find_all)
         return budgets[patch.layer], budgets
-    find = lambda: config.row_budgets(visible, key_length, patch.layer)  # noqa: E731
-    if len(laws) > 1:  # large, and as a rule of one layer alone
-        return find(), ()
-    return once(visible, ("budget", laws, config.min_keys, config.dense_below, key_length), find), ()
+    return config.row_budgets(visible, key_length, patch.layer), ()
 
 
 def _with_indexes(
@@ -342,18 +329,14 @@ def _count(patch: LayerPatch, problem: Problem, own: torch.Tensor | None, dense_
 
     What follows from the intervals and the settings alone is worked out once for all layers.
     """
-    visible, tail, config = problem.visible, patch.counters.tail, patch.config
+    visible, config = problem.visible, patch.config
     attended = problem.budget if own is None else own
-    law: tuple[Any, ...] = ()
+    law: tuple[Any, ...] | None = None
     if dense_reason is not None:
-        attended = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
-    elif own is not None or attended.shape[-1] <= MAX_DECODE_QUERIES:
-        patch.counters.add_later(attended, visible)
-        return
-    else:
+        attended, law = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None], ()
+    elif own is None and attended.shape[-1] > MAX_DECODE_QUERIES:
         law = (config.laws(patch.layer), config.min_keys, config.dense_below)
-    counts = once(visible, ("tally", law, tail), lambda: tally(attended, visible, tail))
-    patch.counters.add(counts, dense_reason)
+    patch.counters.add(attended, visible, dense_reason, law)
 
 
 AttentionInterface.register(IMPLEMENTATION, nc_attention_forward)

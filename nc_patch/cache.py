@@ -49,11 +49,9 @@ class KeyIndexMixin:
     nc_indexes: "dict[str, KeyIndex]" = {}  # noqa: RUF012
     # The keys that the indexes describe, and their state; None where keys have come that no attention has taken in.
     _nc_seen: "tuple[weakref.ref[torch.Tensor], tuple[torch.Size, int | None]] | None" = None
-    # Where keys and values have been moved elsewhere, and the indexes have not: what ``update`` returned.
-    _nc_moved: "tuple[weakref.ref[torch.Tensor], ...] | None" = None
     _nc_updated: frozenset[str] = frozenset()
     # Of which kinds no index may be kept: a model may attend keys that the layer does not hold, because it computes
-    # them from what is cached, or because a module stands for several layers.
+    # them from what is cached, because a module stands for several layers, or because the cache has offloaded them.
     nc_never: frozenset[str] = frozenset()
     # Of a ``DynamicLayer``: memory for keys and values to come, and the views of it that the layer holds. What is there
     # may be held by others too, and is never written again: where the layer holds other views, shorter ones too, it
@@ -62,10 +60,9 @@ class KeyIndexMixin:
 
     def nc_compare(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keeps no index any more where the keys or values of a call of attention are not what ``update`` returned."""
-        held = (self.keys, self.values) if self._nc_moved is None else [each() for each in self._nc_moved]
-        if held[0] is not key:
+        if self.keys is not key:
             self.nc_never = frozenset(LAYOUTS)
-        elif held[1] is not value:
+        elif self.values is not value:
             self.nc_never |= {kind for kind, layout in LAYOUTS.items() if layout.takes_values}
         if self.nc_never:
             self.nc_indexes = {kind: index for kind, index in self.nc_indexes.items() if kind not in self.nc_never}
@@ -109,7 +106,7 @@ class KeyIndexMixin:
         there is, and only have to take in new keys, which who asks does.
         """
         indexes = self.nc_indexes
-        if len(indexes) != len(kinds) or self._nc_moved is not None:
+        if len(indexes) != len(kinds):
             return None
         found = []
         for kind, block_size, capacity in kinds:
@@ -131,30 +128,16 @@ class KeyIndexMixin:
 
     def nc_settle(self) -> None:
         """Takes note that the indexes belong to the keys as they are now."""
-        if self.keys is not None:
-            if self._nc_moved is not None:
-                for index in self.nc_indexes.values():
-                    index.to(self.keys.device)
-                self._nc_moved = None
-            if self.nc_indexes:
-                self._nc_seen = (weakref.ref(self.keys), _state(self.keys))
+        if self.keys is not None and self.nc_indexes:
+            self._nc_seen = (weakref.ref(self.keys), _state(self.keys))
 
     def offload(self) -> None:
-        # The cache offloads a layer as soon as it is updated, before attention has run.
-        if self.keys is not None:
-            self._nc_moved = (weakref.ref(self.keys), weakref.ref(self.values))
         self._nc_room = None
         super().offload()  # type: ignore[misc]
 
-    def prefetch(self) -> None:
-        self.nc_check()
-        super().prefetch()  # type: ignore[misc]
-        self._nc_moved = () if self.nc_indexes else None
-        self.nc_settle()
-
     def reset(self) -> None:
         self.nc_forget()
-        self._nc_moved = self._nc_room = None
+        self._nc_room = None
         super().reset()  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -181,7 +164,7 @@ class KeyIndexMixin:
         # What the keys were last seen as does not survive a copy: only whether the index was right. Nor does the room,
         # into which a copy must not write; and a shallow copy has indexes of its own.
         self.nc_check()
-        left_out = ("_nc_seen", "_nc_moved", "_nc_room")
+        left_out = ("_nc_seen", "_nc_room")
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
         twin = object.__new__(type(self))
         twin.__dict__.update(state if memo is None else copy.deepcopy(state, memo))
@@ -204,7 +187,7 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
         room, self._nc_room = self._nc_room, None
         if torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
-        self._nc_seen = self._nc_moved = None
+        self._nc_seen = None
         if self.keys is None or not self._nc_may_grow(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         length, new = self.keys.shape[2], key_states.shape[2]
@@ -255,7 +238,7 @@ class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not torch.compiler.is_compiling():
-            self.nc_filled, self._nc_seen, self._nc_moved = True, None, None
+            self.nc_filled, self._nc_seen = True, None
         return super().update(key_states, value_states, *args, **kwargs)
 
     def reset(self) -> None:

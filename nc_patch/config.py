@@ -19,11 +19,12 @@ from nc_patch.common import (
     check_choice,
     check_integer,
     check_number,
+    once,
     plain,
     shown,
 )
 from nc_patch.ops.backends import BACKENDS, Backend
-from nc_patch.selections import Block, Selection, TopK, selection_class, selection_names
+from nc_patch.selections import Block, Dense, Selection, TopK, selection_class, selection_names
 
 IndexUse = Literal["auto", "always", "never"]
 OnDrop = Literal["ignore", "warn", "raise", "dense"]
@@ -137,9 +138,14 @@ class NCConfig:
     def row_budgets(self, visible: torch.Tensor, max_n: int, layer: int | None = None) -> torch.Tensor:
         """Budgets int32 ``[B, 1 or Hq, Lq]`` of a layer's queries, of which none sees more than ``max_n`` keys.
 
-        ``visible`` is int32 ``[B, Lq, 2]``, the interval of keys that each query sees.
+        ``visible`` is int32 ``[B, Lq, 2]``, the interval of keys that each query sees. Layers of one law share them.
         """
-        return self._row_budgets(visible, max_n, self.laws(layer))
+        laws = self.laws(layer)
+        find = lambda: self._row_budgets(visible, max_n, laws)  # noqa: E731
+        if len(laws) > 1:  # large, and as a rule of one layer alone
+            return find()
+        found: torch.Tensor = once(visible, ("budget", laws, self.min_keys, self.dense_below, max_n), find)
+        return found
 
     @property
     def layers(self) -> int | None:
@@ -180,6 +186,18 @@ class NCConfig:
         if layer is not None and layer in self.dense_layers:
             return True
         return all(is_dense_law(alpha, C) for alpha, C in self.laws(layer))
+
+    def dense_reason(self, layer: int, selection: Selection, key_length: int) -> str | None:
+        """Why a layer attends every key by a selection where no query sees more than ``key_length``; None where not."""
+        if layer in self.dense_layers:
+            return "the layer is in dense_layers"
+        if isinstance(selection, Dense):
+            return 'the selection is "dense"'
+        if self.is_dense(layer):
+            return "alpha >= 1 with C = 1 attends every key"
+        if key_length <= self.dense_below:
+            return f"no query sees more than dense_below={self.dense_below} keys"
+        return None
 
     def check_model(self, num_layers: int, num_heads: int) -> None:
         """Raises ValueError unless per-layer and per-head values, and dense_layers, fit a model of this shape."""
@@ -256,13 +274,10 @@ def as_selection(name: str, given: Any) -> Selection:
     if isinstance(given, Selection):
         return given
     options = dict(given) if isinstance(given, Mapping) else {"name": given}
-    kind_name = options.pop("name", None)
-    if not isinstance(kind_name, str) or kind_name not in selection_names():
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, selection_names()))}, got {shown(kind_name)}")
-    kind = selection_class(kind_name)
+    kind = selection_class(options.pop("name", None), name)
     unknown = sorted(map(str, options.keys() - set(kind.options)))
     if unknown:
-        raise TypeError(f"{name}: {kind_name!r} has no option {', '.join(unknown)}; it has {', '.join(kind.options)}")
+        raise TypeError(f"{name}: {kind.name!r} has no option {', '.join(unknown)}; it has {', '.join(kind.options)}")
     return kind(**options)
 
 

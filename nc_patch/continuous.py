@@ -22,11 +22,9 @@ from nc_patch.common import UnsupportedModelError
 from nc_patch.config import NCConfig
 from nc_patch.families import refuse_unsupported
 from nc_patch.functional import check_scale
-from nc_patch.hooks import PAGED_IMPLEMENTATION
-from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, patches_of
+from nc_patch.layers import PAGED_IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, patches_of
 from nc_patch.paged import PagedKeys, PagedRows, summarize_slots_
 from nc_patch.serving import Chunk, ServedLayer, chunk
-from nc_patch.stats import tally
 
 
 def serve(model: torch.nn.Module, sparse: bool) -> None:
@@ -298,12 +296,12 @@ def paged_attention_forward(
         result = served.decode(query[0].transpose(0, 1)[batch.rows], paged, batch.decoding)
         output[batch.rows] = result.output
         assert result.attended is not None
-        patch.counters.add_later(result.attended[..., None], batch.decoding.visible)
+        patch.counters.add(result.attended[..., None], batch.decoding.visible)
     for part in batch.chunks:
         result, reason = served.prefill(query[:, :, part.rows], paged, part)
         output[part.rows] = result.output[0].transpose(0, 1)
         assert result.attended is not None
-        patch.counters.add(tally(result.attended, part.visible, patch.counters.tail), reason)
+        patch.counters.add(result.attended, part.visible, reason)
     return output[None], None
 
 

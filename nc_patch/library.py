@@ -19,8 +19,8 @@ from nc_patch.ops.derivatives import (
     refuse_second_derivative,
     runs_directly,
 )
-from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.selections.base import Selection, selection_class
+from nc_patch.ops.problem import AUDIT_COLUMNS, AttentionResult, Problem
+from nc_patch.selections.base import Selection, read_selection
 from nc_patch.selections.index import extend
 
 
@@ -48,8 +48,7 @@ def operation(selection: Selection, problem: Problem, backend: str) -> Any:
 
 def arguments(selection: Selection, problem: Problem, backend: str) -> tuple[Any, ...]:
     """What the op takes beside ``problem.tensors()``."""
-    numbers = [problem.scale, problem.softcap, *selection.numbers()]
-    return selection.name, numbers, problem.flags(), problem.most, backend
+    return selection.written(), [problem.scale, problem.softcap], problem.flags(), problem.most, backend
 
 
 def _fields(selection: Selection, problem: Problem) -> list[tuple[bool, tuple[int, ...], torch.dtype]]:
@@ -62,19 +61,19 @@ def _fields(selection: Selection, problem: Problem) -> list[tuple[bool, tuple[in
         (selection.counts_attended, rows, torch.int32),
         (bounds, (*rows, 2), torch.float32),
         (estimates and selection.enlarges, (heads, 2), torch.float32),
-        (estimates and problem.audit_seed >= 0, (heads + 1, 5), torch.float32),
+        (estimates and problem.audit_seed >= 0, (heads + 1, len(AUDIT_COLUMNS)), torch.float32),
     ]
 
 
 def _run(
     tensors: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int], most: int, backend: str
 ) -> list[torch.Tensor]:
-    """Attention of the problem that the tensors, the first two numbers and the flags make; see ``Problem.unflatten``.
+    """Attention of the problem that the tensors, the numbers and the flags make; see ``Problem.unflatten``.
 
     Returns the fields of an ``AttentionResult``, empty where one is None.
     """
-    problem = Problem.unflatten(tensors, numbers[0], numbers[1], flags, most)
-    chosen = selection_class(selection).from_numbers(numbers[2:])
+    problem = Problem.unflatten(tensors, numbers, flags, most)
+    chosen = read_selection(selection)
     output, *found = chosen.run(problem, backend)
     output = output.contiguous()  # as compiled graphs expect; kernels for CPUs write it as the model goes on with it
     given = zip(found, _fields(chosen, problem), strict=True)
@@ -85,9 +84,9 @@ def _run(
 def _run_fake(
     tensors: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int], most: int, backend: str
 ) -> list[torch.Tensor]:
-    problem = Problem.unflatten(tensors, numbers[0], numbers[1], flags, most)
+    problem = Problem.unflatten(tensors, numbers, flags, most)
     output = problem.query.new_empty(*problem.query.shape[:3], problem.value.shape[-1])
-    fields = _fields(selection_class(selection).from_numbers(numbers[2:]), problem)
+    fields = _fields(read_selection(selection), problem)
     return [output, *(output.new_empty(shape if wanted else 0, dtype=dtype) for wanted, shape, dtype in fields)]
 
 
@@ -119,8 +118,8 @@ def _attend_backward(
     grad_output: torch.Tensor, tensors: list[torch.Tensor], selection: str, numbers: list[float], flags: list[int]
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value and sinks (empty where there are none), in PyTorch, through the attended keys."""
-    problem = Problem.unflatten(tensors, numbers[0], numbers[1], flags)
-    chosen = selection_class(selection).from_numbers(numbers[2:])
+    problem = Problem.unflatten(tensors, numbers, flags)
+    chosen = read_selection(selection)
     with autocast_off(problem.query):
         problem = chosen.with_means(problem, "torch")
         *of_tensors, sinks = attention_gradients(problem, chosen.choice(problem), grad_output)

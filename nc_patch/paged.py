@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from nc_patch.common import once
-from nc_patch.ops.backends import check_backend, choose_backend
+from nc_patch.common import check_choice, once
+from nc_patch.ops.backends import BACKENDS, choose_backend
 from nc_patch.ops.problem import AttentionResult, Problem, describe
 from nc_patch.selections import Block
 from nc_patch.selections.block.pages import PageStatistics, check_blocks, check_table, summarize
@@ -120,6 +120,6 @@ def _summarize_slots_(key: torch.Tensor, statistics: PageStatistics, slots: torc
 
 def _backend(requested: str, paged: PagedKeys) -> str:
     """The backend that runs a call."""
-    check_backend(requested)
+    check_choice("backend", requested, BACKENDS)
     head_dims = (paged.key.shape[-1], paged.value.shape[-1])
     return choose_backend(requested, paged.key.device, head_dims=head_dims)[0]

@@ -1,6 +1,5 @@
 """``patch_model`` and its kin: sparse attention into and out of a model, in place."""
 
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,23 +13,14 @@ from nc_patch import attention  # noqa: F401  registers what transformers calls
 from nc_patch.common import as_integer, say_once
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C, NCConfig, check_option_names
 from nc_patch.continuous import serve
-from nc_patch.families import attention_modules, check_is_module, left_dense, mask_builders
-from nc_patch.hooks import (
-    IMPLEMENTATION,
-    forget_boundaries,
-    hand_on_cache,
-    hand_on_mask,
-    note_boundaries,
-    refuse_switched,
-)
-from nc_patch.layers import PATCH_ATTRIBUTE, LayerPatch, Observed, patches_of
+from nc_patch.families import attention_modules, left_dense
+from nc_patch.layers import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, Observed, add_hooks, patches_of, remove_hooks
 from nc_patch.stats import PatchStats, summary, total
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 # Patched modules that are alive: a config object that several models share keeps its implementation while one needs it.
 _PATCHED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
-_HOOKS = (hand_on_cache, hand_on_mask, refuse_switched, note_boundaries, forget_boundaries)
 # Held while models are patched and unpatched, which threads may do at once.
 _LOCK = threading.RLock()
 
@@ -84,7 +74,7 @@ def unpatch_model(model: Model) -> Model:
         for module in patches:
             delattr(module, PATCH_ATTRIBUTE)
             _PATCHED.discard(module)
-        _remove_hooks(model)
+        remove_hooks(model)
         for module, patch in patches.items():
             # What the user has set since stays.
             switched = module.config._attn_implementation != IMPLEMENTATION
@@ -99,7 +89,7 @@ def patched(model: Model, *budget: Any, **options: Any) -> Iterator[Model]:
 
     Arguments and errors as in ``patch_model``.
     """
-    before = _patches(model)
+    before = patches_of(model)
     patch_model(model, *budget, **options)
     try:
         yield model
@@ -134,7 +124,7 @@ def model_shape(model: torch.nn.Module) -> tuple[int, int]:
 
 def is_patched(model: torch.nn.Module) -> bool:
     """Whether any attention module of the model is patched."""
-    return bool(_patches(model))
+    return bool(patches_of(model))
 
 
 def nc_stats(model: torch.nn.Module) -> PatchStats:
@@ -213,14 +203,8 @@ def _settings(
     return NCConfig(alpha, C, **options) if given else NCConfig(DEFAULT_ALPHA, DEFAULT_C, **options)
 
 
-def _patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:
-    """The patched attention modules of a model, and what they carry."""
-    check_is_module(model)
-    return patches_of(model)
-
-
 def _need_patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:
-    patches = _patches(model)
+    patches = patches_of(model)
     if not patches:
         raise ValueError(f"{type(model).__name__} is not patched; call patch_model first")
     return patches
@@ -228,31 +212,11 @@ def _need_patches(model: torch.nn.Module) -> dict[Any, LayerPatch]:
 
 def _attach(model: torch.nn.Module, patches: dict[Any, LayerPatch]) -> None:
     """Gives the attention modules of a model their settings, and the model its hooks anew."""
-    _remove_hooks(model)
     for module, patch in patches.items():
         setattr(module, PATCH_ATTRIBUTE, patch)
         _PATCHED.add(module)
         module.config._attn_implementation_internal = IMPLEMENTATION  # without the checks of set_attn_implementation
-        parameters = inspect.signature(type(module).forward).parameters.values()
-        if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters):  # it hands them on
-            module.register_forward_pre_hook(hand_on_cache, with_kwargs=True)
-        else:
-            module.register_forward_pre_hook(refuse_switched)
-    for part in mask_builders(model):
-        part.register_forward_pre_hook(note_boundaries, with_kwargs=True)
-        part.register_forward_hook(forget_boundaries, always_call=True)
-    for layer in model.modules():
-        if "_hf_hook" in vars(layer) and any(child in patches for child in layer.children()):
-            layer.register_forward_pre_hook(hand_on_mask, with_kwargs=True)
-
-
-def _remove_hooks(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number in [number for number, hook in hooks.items() if hook in _HOOKS]:
-                del hooks[number]
-                module._forward_pre_hooks_with_kwargs.pop(number, None)
-                module._forward_hooks_always_called.pop(number, None)
+    add_hooks(model, patches)
 
 
 def _original_of(module: Any) -> str:

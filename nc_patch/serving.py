@@ -82,11 +82,7 @@ class ServedLayer(NamedTuple):
         key, value = (t[held].transpose(0, 1).flatten(1, 2)[None, :, :length] for t in paged[:2])
         seen = chunk.visible[:, None, :, 1]
         problem = Problem(*(query, key, value, chunk.visible, chunk.origin, seen), self.scale, self.softcap, self.sinks)
-        reason = None
-        if isinstance(chunk.selection, Dense) or config.is_dense(self.layer):
-            reason = "the settings of the layer attend every key"
-        elif length <= config.dense_below:
-            reason = f"no query sees more than dense_below={config.dense_below} keys"
+        reason = config.dense_reason(self.layer, chunk.selection, length)
         if reason is None:
             problem = problem._replace(budget=self._budget(chunk.visible, length, *chunk.dense))
         result = attend(problem, chunk.selection if reason is None else Dense(), config.backend)
@@ -97,17 +93,15 @@ class ServedLayer(NamedTuple):
 
         So many of the first and of the last attend every key.
         """
-        laws = self.config.laws(self.layer)
-
-        def find() -> torch.Tensor:
-            budget = self.config.row_budgets(visible, most_keys, self.layer)
-            budget = budget[:, self.heads].contiguous() if len(laws) > 1 else budget
-            if first or last:
-                row, count = torch.arange(visible.shape[1], device=visible.device), visible.shape[1]
-                budget = torch.where((row >= first) & (row < count - last), budget, visible[:, None, :, 1])
+        budget = self.config.row_budgets(visible, most_keys, self.layer)
+        if budget.shape[1] > 1:
+            budget = budget[:, self.heads].contiguous()
+        if not first and not last:
             return budget
 
-        if len(laws) > 1:  # large, and as a rule of one layer alone
-            return find()
-        budget: torch.Tensor = once(visible, ("budget", laws), find)
-        return budget
+        def with_dense_ends() -> torch.Tensor:
+            row, count = torch.arange(visible.shape[1], device=visible.device), visible.shape[1]
+            return torch.where((row >= first) & (row < count - last), budget, visible[:, None, :, 1])
+
+        found: torch.Tensor = once(budget, ("dense ends", first, last), with_dense_ends)
+        return found

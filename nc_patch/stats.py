@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nc_patch.common import student_quantile
+from nc_patch.common import once, student_quantile
 from nc_patch.ops.problem import MAX_DECODE_QUERIES
 
 PHASES = ("prefill", "decode")
@@ -54,8 +54,7 @@ def tally_audit(audit: torch.Tensor, choice: torch.Tensor | None) -> torch.Tenso
     """The same of a call whose kept mass is estimated.
 
     Args:
-        audit: float32 ``[Hq + 1, 5]``: rows, an estimate of the sum of their kept mass with its variance and degrees of
-            freedom, and audited rows; by head, and of all together.
+        audit: as in ``AttentionResult``.
         choice: ``[Hq, 2]``, query blocks and how many took more than their budget, where they may.
     """
     rows, kept, variance, freedom, audited = audit.double().unbind(-1)
@@ -212,19 +211,21 @@ class LayerCounters:
             self.keys = Sums()
             self.mass = {phase: MassCounts() for phase in PHASES}
 
-    def add(self, counts: torch.Tensor, dense_reason: str | None) -> None:
-        """Counts one call; ``counts`` as from ``tally``."""
+    def add(
+        self, attended: torch.Tensor, visible: torch.Tensor, dense_reason: str | None = None, law: Any = None
+    ) -> None:
+        """Counts one call; the first arguments as in ``tally``.
+
+        ``law`` is what ``attended`` follows from beside ``visible``: layers that have one in common are tallied once.
+        """
         with _LOCK:
             self.calls += 1
             if dense_reason is not None:
                 self.dense_calls[dense_reason] += 1
-            self.keys.add(counts)
-
-    def add_later(self, attended: torch.Tensor, visible: torch.Tensor) -> None:
-        """Counts one call; ``tally`` is taken of many calls of few queries together. Arguments as there."""
-        with _LOCK:
-            self.calls += 1
-            self.keys.add_later(attended, visible, self.tail)
+            if law is None:
+                self.keys.add_later(attended, visible, self.tail)
+            else:
+                self.keys.add(once(visible, ("tally", law, self.tail), lambda: tally(attended, visible, self.tail)))
 
     def add_exceeded(self) -> bool:
         """Counts a call that dropped more than is allowed; returns whether it is the first one ever."""

@@ -109,7 +109,7 @@ def repeat(
     result = step.run(problem)
     if step.kinds:
         held.nc_settle()
-    patch.counters.add_later(budget if result.attended is None else result.attended, shared.visible)
+    patch.counters.add(budget if result.attended is None else result.attended, shared.visible)
     return result.output
 
 

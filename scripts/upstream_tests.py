@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from nc_patch import UnsupportedModelError, is_patched, patch_model
-from nc_patch.hooks import IMPLEMENTATION
+from nc_patch.layers import IMPLEMENTATION
 
 # Every key, by way of the top-k operation.
 FULL = {"alpha": 1e6, "C": 0.0, "selection": "topk", "dense_below": 0}

@@ -154,12 +154,8 @@ class CacheSequences(Machine):
     @rule()
     def offload_and_write_behind_its_back(self):
         for layer in (layer for cache in self.caches for layer in cache.layers):
-            kinds = set(layer.nc_indexes)
             layer.offload()
-            layer.nc_settle()
             layer.prefetch()
-            layer.nc_check()
-            assert set(layer.nc_indexes) == kinds
             layer.keys.mul_(1.5)
         self.call(1)
 

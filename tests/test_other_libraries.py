@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nc_patch import BrokenCacheError, UnsupportedModelError, patch_model
-from nc_patch.hooks import IMPLEMENTATION
+from nc_patch.layers import IMPLEMENTATION
 
 LENGTH = 40
 DENSE, ALL_KEYS, SPARSE = ({"alpha": alpha, "C": C} for alpha, C in ((1.0, 1.0), (1e6, 0.0), (2.0, 0.5)))

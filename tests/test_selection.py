@@ -97,12 +97,12 @@ def test_its_options_are_settings_like_all_others(Stride):
 
 
 def test_what_a_selection_cannot_be_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"Odd.size needs a default that is a number, a bool or None"):
+    with pytest.raises(TypeError, match=r"Odd.size needs a default that is a number, a bool, a string or None"):
 
         @register("odd")
         @dataclass(frozen=True)
         class Odd(Selection):
-            size: str = "any"
+            size: tuple[int, ...] = ()
 
     with pytest.raises(NotImplementedError, match="Nothing must say which keys it keeps"):
         type("Nothing", (Selection,), {})().keep(torch.zeros(1, 1, 1), None)

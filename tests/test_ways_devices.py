@@ -15,7 +15,7 @@ from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction
 
 from nc_patch import UnsupportedModelError, is_patched, nc_stats, patch_model, patched, reset_stats, unpatch_model
 from nc_patch.common import say_once
-from nc_patch.hooks import hand_on_mask
+from nc_patch.layers import hand_on_mask
 from nc_patch.masks import interval_mask
 from nc_patch.visibility import is_packed, made_for
 

@@ -122,9 +122,7 @@ def attention_gradients(
     for block in choice.blocks:
         b, span, length = block.batch, slice(block.low, block.high), block.high - block.low
         rows = _scored(problem, choice, block)
-        joined, empty, q = rows.logits, rows.empty[:, None], rows.query
-        # With blocks a row may see keys and attend none of them.
-        nothing = empty | (joined.amax(-1, keepdim=True) == -torch.inf)
+        joined, nothing, q = rows.logits, rows.nothing[..., None], rows.query
         slope = None
         if problem.softcap:
             capped = joined.clone()
@@ -134,13 +132,13 @@ def attention_gradients(
         logits = None if sinks is None else sinks.float()[:, None]
         to_sink = None if logits is None else torch.sigmoid(logits - torch.logsumexp(joined, -1))
         weights = softmax_(joined, logits).masked_fill_(nothing, 0.0)
-        grad = _grouped(grad_output[b, :, block.rows].float().masked_fill(empty, 0.0), Hkv)
+        grad = _grouped(grad_output[b, :, block.rows].float().masked_fill(nothing, 0.0), Hkv)
 
         grad_values = _grouped(weights, Hkv).transpose(1, 2) @ grad
         grad_weights = (grad @ torch.cat(rows.values, 1).transpose(1, 2)).view_as(weights)
         mean = (weights * grad_weights).sum(-1, keepdim=True)
         if to_sink is not None:
-            grad_sinks -= (to_sink.masked_fill(rows.empty, 0.0) * mean[..., 0]).sum(-1)
+            grad_sinks -= (to_sink.masked_fill(rows.nothing, 0.0) * mean[..., 0]).sum(-1)
         grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(problem.scale)
         if slope is not None:
             grad_scores.mul_(slope)

@@ -6,7 +6,6 @@ from typing import Literal, get_args
 
 import torch
 
-from nc_patch.common import check_choice
 from nc_patch.ops.problem import MAX_HEAD_DIM
 
 Backend = Literal["auto", "triton", "cpu", "torch"]
@@ -17,11 +16,6 @@ READS_HOST = (torch.Tag.cudagraph_unsafe,)
 _LEAST_CAPABILITY = (8, 0)
 INSTALL_NUMBA = "pip install 'nc_patch[cpu]'"
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
-
-
-def check_backend(requested: str) -> None:
-    """Raises ValueError unless a backend is one that there is."""
-    check_choice("backend", requested, BACKENDS)
 
 
 def choose_backend(

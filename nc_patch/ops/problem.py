@@ -98,16 +98,19 @@ class Problem(NamedTuple):
         return [*map(int, there), self.page_size, self.new, self.audit_seed]
 
     @classmethod
-    def unflatten(
-        cls, tensors: list[torch.Tensor], scale: float, softcap: float, flags: list[int], most: int = 0
-    ) -> "Problem":
-        """The inverse of ``tensors`` and ``flags``."""
+    def unflatten(cls, tensors: list[torch.Tensor], numbers: list[float], flags: list[int], most: int = 0) -> "Problem":
+        """The inverse of ``tensors`` and ``flags``; ``numbers`` are the scale and the soft-cap."""
         has_sinks, has_means, stats, bounds, page_size, new, audit_seed = flags
         rest = tensors[6:]
         sinks = rest.pop(0) if has_sinks else None
         means = PageMeans(rest.pop(0), rest.pop(0)) if has_means else None
-        scores = (scale, softcap, sinks, means, tuple(rest))
-        return cls(*tensors[:6], *scores, page_size, new, most, bool(stats), bool(bounds), audit_seed)  # type: ignore
+        given = (*numbers, sinks, means, tuple(rest), page_size, new, most, bool(stats), bool(bounds), audit_seed)
+        return cls(*tensors[:6], *given)  # type: ignore[arg-type]
+
+
+# Columns of an audit: how many rows there are, an estimate of the sum of their kept mass with its variance and degrees
+# of freedom, and how many were audited.
+AUDIT_COLUMNS = ("rows", "kept_mass", "variance", "freedom", "audited")
 
 
 class AttentionResult(NamedTuple):
@@ -122,7 +125,8 @@ class AttentionResult(NamedTuple):
         attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
         kept_mass_bounds: float ``[B, Hq, Lq, 2]``, two numbers between which the kept mass lies for certain.
         enlarged: float32 ``[Hq, 2]``, how many blocks of queries there are, and how many attend more than their budget.
-        audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what such a choice keeps; see ``stats.tally_audit``.
+        audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what such a choice keeps, in ``AUDIT_COLUMNS``; a line
+            for each head, and one of all together, whose estimates come from the same rows, and err together.
     """
 
     output: torch.Tensor

@@ -1,13 +1,14 @@
 """``Selection``: which keys fill a query's budget. A subclass with one method, ``keep``, works everywhere."""
 
-import math
-from collections.abc import Callable, Iterable
+import ast
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from nc_patch.common import check_bool, check_choice, shown
+from nc_patch.common import check_choice, plain
 from nc_patch.ops.attend_rows import attend_rows
 from nc_patch.ops.problem import AttentionResult, Problem, visible_mask
 from nc_patch.ops.reference import raw_scores, reference_attention
@@ -22,11 +23,12 @@ class Selection:
 
     ``keep`` is the definition; the forward pass in PyTorch, its gradient, ``torch.compile``, caches and ``generate``
     follow from it. ``prefill_torch``, ``_triton`` and ``_cpu``, and with a key index ``decode_torch``, ``_triton`` and
-    ``_cpu``, make it faster. An option is a bool, an int, a float, either or None, or a string listed in ``choices``.
+    ``_cpu``, make it faster. An option is a bool, a number, a string or None.
 
     Attributes:
         name: by which ``NCConfig`` and the command line know it; set by ``register``.
-        options: names of the fields, set by ``register``. choices: the strings that an option may be.
+        options: names of the fields, set by ``register``. checks: for each option a function of its name and
+            value, which returns the value to take, or raises. None is not checked where it is the default.
         shorthand: what an option is called outside of its selection, where that differs.
         index_kind: the kind of ``KeyIndex`` that it decodes by, or None. needs_index: whether it cannot decode without.
         counts_attended: whether only it knows how many keys it attends. chooses_together: whether the queries of a
@@ -37,7 +39,7 @@ class Selection:
 
     name: ClassVar[str] = ""
     options: ClassVar[tuple[str, ...]] = ()
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    checks: ClassVar[Mapping[str, Callable[[str, Any], Any]]] = {}
     shorthand: ClassVar[dict[str, str]] = {}
     index_kind: ClassVar[str | None] = None
     needs_index: ClassVar[bool] = False
@@ -46,6 +48,12 @@ class Selection:
     estimates: ClassVar[bool] = False
     bounds_kept_mass: ClassVar[bool] = False
     on_host: ClassVar[tuple[tuple[str, str], ...]] = (("prefill", "torch"), ("decode", "torch"))
+
+    def __post_init__(self) -> None:
+        for option, check in self.checks.items():
+            value = getattr(self, option)
+            if value is not None or getattr(type(self), option) is not None:
+                object.__setattr__(self, option, check(self.shorthand.get(option, option), value))
 
     def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Which keys rows attend: exactly as many as their budget, none that they do not see.
@@ -120,27 +128,9 @@ class Selection:
         """The backends that have the phase, ``"prefill"`` or ``"decode"``."""
         return tuple(name for name in ("triton", "cpu", "torch") if hasattr(self, f"{phase}_{name}"))
 
-    def numbers(self) -> list[float]:
-        """The options as numbers, which is how operations of ``torch.library`` take them."""
-        values = {option: getattr(self, option) for option in self.options}
-        values |= {option: choices.index(values[option]) for option, choices in self.choices.items()}
-        return [math.nan if value is None else float(value) for value in values.values()]
-
-    @classmethod
-    def from_numbers(cls, numbers: Iterable[float]) -> "Selection":
-        """The inverse of ``numbers``."""
-        values: dict[str, Any] = {}
-        for field, number in zip(fields(cls), numbers, strict=True):  # type: ignore[arg-type]
-            if field.name in cls.choices:
-                values[field.name] = cls.choices[field.name][int(number)]
-            elif math.isnan(number):
-                values[field.name] = None
-            elif field.default is None:
-                values[field.name] = int(number) if "int" in str(field.type) else number
-            else:
-                kind: Any = type(field.default)
-                values[field.name] = kind(number)
-        return cls(**values)
+    def written(self) -> str:
+        """The name and the options as text, which is how operations of ``torch.library`` take them."""
+        return f"{self.name} {[plain(getattr(self, option)) for option in self.options]}"
 
     def to_dict(self) -> dict[str, Any]:
         """The name and every option, as JSON can hold them."""
@@ -156,13 +146,12 @@ def register(name: str) -> Callable[[Kind], Kind]:
     def add(kind: Kind) -> Kind:
         kind.name, kind.options = name, tuple(option.name for option in fields(kind))  # type: ignore[arg-type]
         for option in fields(kind):  # type: ignore[arg-type]
-            listed = option.default in kind.choices.get(option.name, ())
-            if not listed and not isinstance(option.default, (int, float, type(None))):
+            if not isinstance(option.default, (int, float, str, type(None))):
                 raise TypeError(
-                    f"{kind.__name__}.{option.name} needs a default that is a number, a bool or None, or a string of "
-                    "its choices"
+                    f"{kind.__name__}.{option.name} needs a default that is a number, a bool, a string or None"
                 )
         _SELECTIONS[name] = kind
+        read_selection.cache_clear()
         return kind
 
     return add
@@ -173,18 +162,13 @@ def selection_names() -> tuple[str, ...]:
     return tuple(_SELECTIONS)
 
 
-def selection_class(name: str) -> "type[Selection]":
-    """The selection of a name; raises ValueError where there is none, which lists those there are."""
-    if not isinstance(name, str) or name not in _SELECTIONS:
-        raise ValueError(f"a selection must be one of {', '.join(map(repr, _SELECTIONS))}, got {shown(name)}")
-    return _SELECTIONS[name]
+def selection_class(name: str, setting: str = "a selection") -> "type[Selection]":
+    """The selection of a name; raises ValueError where there is none, which lists those that a ``setting`` may be."""
+    return _SELECTIONS[check_choice(setting, name, selection_names())]
 
 
-def check_options(selection: Selection) -> None:
-    """Raises ValueError or TypeError unless the options that are bools or of listed strings are that."""
-    for option in selection.options:
-        value, called = getattr(selection, option), selection.shorthand.get(option, option)
-        if option in selection.choices:
-            check_choice(called, value, selection.choices[option])
-        elif isinstance(getattr(type(selection), option), bool):
-            check_bool(called, value)
+@lru_cache(maxsize=256)
+def read_selection(text: str) -> Selection:
+    """The inverse of ``Selection.written``."""
+    name, options = text.split(" ", 1)
+    return selection_class(name)(*ast.literal_eval(options))

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from nc_patch.common import as_integer, autocast_off, check_integer
-from nc_patch.ops.backends import READS_HOST, check_backend, choose_backend
+from nc_patch.common import as_integer, autocast_off, check_choice, check_integer
+from nc_patch.ops.backends import BACKENDS, READS_HOST, choose_backend
 from nc_patch.ops.derivatives import runs_directly
 from nc_patch.ops.problem import Problem, check_tensor, describe
 
@@ -145,10 +145,9 @@ class KeyIndex:
         Raises:
             ValueError, TypeError: a kind or a shape that does not fit.
         """
-        if kind not in LAYOUTS:
-            raise ValueError(f"kind must be one of {', '.join(map(repr, LAYOUTS))}, got {kind!r}")
+        check_choice("kind", kind, tuple(LAYOUTS))
         check_tensor("key", key)
-        check_backend(backend)
+        check_choice("backend", backend, BACKENDS)
         block_size = check_integer("block_size", block_size, 1)
         B, _, L, D = key.shape
         start = torch.zeros(B, dtype=torch.int32, device=key.device) if start is None else start
@@ -227,10 +226,6 @@ class KeyIndex:
     def repeat(self, repeats: int) -> None:
         """Repeats every sequence ``repeats`` times, copies side by side."""
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def to(self, device: torch.device | str) -> None:
-        """Moves the index to a device."""
-        self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""

@@ -1,6 +1,8 @@
 """``Window``: the first keys and the most recent ones, whatever they score. A selection in one file."""
 
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -21,8 +23,7 @@ class Window(Selection):
 
     sink_keys: int = 4
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sink_keys", check_integer("sink_keys", self.sink_keys, 0))
+    checks: ClassVar = {"sink_keys": partial(check_integer, least=0)}
 
     def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The definition, bool ``[H or 1, R, N]``; see ``Selection.keep``."""

@@ -14,7 +14,7 @@ from transformers import DynamicCache, masking_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import nc_patch.families
-import nc_patch.hooks
+import nc_patch.layers
 from nc_patch import UnsupportedMaskError, UnsupportedModelError, nc_stats, patch_model, unpatch_model
 from nc_patch.masks import interval_mask
 
@@ -67,7 +67,7 @@ def test_every_family_gives_the_same_numbers_or_is_refused_as_the_record_says(na
 def test_the_suite_notices_when_an_argument_of_attention_is_ignored(monkeypatch, name, argument):
     attend = nc_patch.attention.nc_attention_forward
     ignores = lambda *tensors, **arguments: attend(*tensors, **{**arguments, argument: None})  # noqa: E731
-    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, nc_patch.hooks.IMPLEMENTATION, ignores)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, nc_patch.layers.IMPLEMENTATION, ignores)
     wrong = examine(family_named(name)).wrong
     assert any(finding.startswith("prefill, full budget, topk: differs") for finding in wrong)
 

@@ -8,14 +8,9 @@ drawn, and what it keeps is compared with what the scored rows of its query bloc
 
 import torch
 
-from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.ops.problem import AUDIT_COLUMNS, AttentionResult, Problem
 from nc_patch.ops.rows import final_scores_, hide_unseen_, rows_per_block, scores_of
 from nc_patch.selections.block.blocks import BlockChoice, BlockOptions, BlockPlan
-
-# Columns of an audit, float32 [Hq + 1, 5]: how many rows there are, an estimate of the sum of their kept mass with its
-# variance and degrees of freedom, and how many were audited. The last line is of all heads together, whose estimates
-# come from the same rows, and err together.
-AUDIT_COLUMNS = ("rows", "kept_mass", "variance", "freedom", "audited")
 
 # One row of so many is audited, within limits: few rows say little, and more than enough cost for nothing.
 _ROWS_PER_AUDITED = 256

@@ -6,7 +6,8 @@ keys from ``origin + j * size`` on. So nothing depends on where a sequence lies 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -18,6 +19,10 @@ from nc_patch.selections.base import Selection
 BLOCK_SIZES = (16, 32, 64, 128)
 QUERY_BLOCK_SIZES = (32, 64, 128)
 SAMPLE_STRIDES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[int, ...]) -> int:
+    return int(check_choice(name, check_integer(name, value, 1), allowed))
 
 
 @dataclass(frozen=True)
@@ -32,29 +37,19 @@ class BlockOptions(Selection):
     max_factor: float = 4.0
 
     shorthand: ClassVar = {"size": "block_size"}
+    checks: ClassVar = {
+        "size": partial(_one_of, allowed=BLOCK_SIZES),
+        "query_block_size": partial(_one_of, allowed=QUERY_BLOCK_SIZES),
+        "sample_stride": partial(_one_of, allowed=SAMPLE_STRIDES),
+        "local_keys": partial(check_integer, least=0),
+        "min_mass": partial(check_number, allowed="a number in (0, 1), or None", ok=lambda v: 0 < v < 1),
+        "max_factor": partial(check_number, allowed="a number of at least 1", ok=lambda v: v >= 1),
+    }
 
     @property
     def enlarges(self) -> bool:
         """Whether it has a mass to aim at."""
         return self.min_mass is not None
-
-    def __post_init__(self) -> None:
-        factor = check_number("max_factor", self.max_factor, "a number of at least 1", lambda v: v >= 1)
-        checked: dict[str, float] = {
-            "local_keys": check_integer("local_keys", self.local_keys, 0),
-            "max_factor": factor,
-        }
-        allowed = {"size": BLOCK_SIZES, "query_block_size": QUERY_BLOCK_SIZES, "sample_stride": SAMPLE_STRIDES}
-        for name, sizes in allowed.items():
-            if name != "sample_stride" or self.sample_stride is not None:
-                spelled = self.shorthand.get(name, name)
-                checked[name] = check_integer(spelled, getattr(self, name), 1)
-                check_choice(spelled, checked[name], sizes)
-        if self.min_mass is not None:
-            stated = "a number in (0, 1), or None"
-            checked["min_mass"] = check_number("min_mass", self.min_mass, stated, lambda v: 0 < v < 1)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
 
 
 class BlockChoice(NamedTuple):

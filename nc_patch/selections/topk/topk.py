@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 
-from nc_patch.common import check_integer
+from nc_patch.common import check_choice, check_integer
 from nc_patch.ops.means import PageMeans, page_means, page_starts
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rounding import rounding_bounds
 from nc_patch.ops.rows import Rows
-from nc_patch.selections.base import Selection, check_options, register
+from nc_patch.selections.base import Selection, register
 from nc_patch.selections.topk import layouts  # noqa: F401  registers them
 from nc_patch.selections.topk.torch import best_rivals, forced_counts
 
@@ -37,14 +38,12 @@ class TopK(Selection):
     recent_keys: int = 1
     tail: str = "mean"
 
-    choices: ClassVar = {"tail": ("mean", "drop")}
+    checks: ClassVar = {
+        **dict.fromkeys(("sink_keys", "recent_keys"), partial(check_integer, least=0)),
+        "tail": partial(check_choice, allowed=("mean", "drop")),
+    }
     index_kind: ClassVar = "codes"
     bounds_kept_mass: ClassVar = True
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        for name in ("sink_keys", "recent_keys"):
-            object.__setattr__(self, name, check_integer(name, getattr(self, name), 0))
 
     def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The definition, bool ``[H or 1, R, N]``; see ``Selection.keep``."""
