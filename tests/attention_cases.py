@@ -1,7 +1,7 @@
 """Attention problems of every shape, made from a seed or described, and what every way of attending is held to."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from nc_patch.ops.reference import final_scores, raw_scores
 from nc_patch.selections import Selection
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-DECODED = 5
 
 
 class Way(NamedTuple):
@@ -35,7 +34,6 @@ WAYS = {
     "codes with means": Way("topk", "codes", "mean"),
     "pages": Way("block", "pages"),
 }
-PREFILL = tuple(way for way, of in WAYS.items() if of.index is None)
 BLOCK_OPTIONS = ("block_size", "query_block_size", "sample_stride", "local_keys", "min_mass", "max_factor")
 
 
@@ -158,16 +156,17 @@ def assert_contains(bounds: torch.Tensor, kept_mass: torch.Tensor) -> None:
     assert (bounds[..., 1].double() >= kept_mass)[known].all()
 
 
-def random_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float32) -> Case:
+def random_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float32, decode: bool = False) -> Case:
     """A case in which everything may vary: lengths, heads, intervals, budgets, ties, soft-cap, sinks, block options.
 
-    In some, rows that see few keys have a budget of all of them.
+    Every interval lies within its sequence. In some cases rows that see few keys have a budget of all of them. With
+    ``decode`` a sequence has at most five queries, and is the only one of its row of the batch.
     """
     g = torch.Generator().manual_seed(seed)
     pick = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=g))  # noqa: E731
     B, Hkv, group, D, Dv = pick(1, 3), pick(1, 3), pick(1, 5), pick(1, 20), pick(1, 20)
     Lk = pick(1, longest)
-    Lq = pick(1, Lk)
+    Lq = pick(1, min(Lk, 5) if decode else Lk)
     Hq = Hkv * group
     query, key, value = (
         torch.randn(B, heads, length, width, generator=g)
@@ -178,85 +177,35 @@ def random_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float3
     query, key, value = (t.to(dtype) for t in (query, key, value))
 
     visible = causal_intervals(B, Lq, Lk, "cpu").clone()
-    origin = visible[..., 0].clone()
-    kind = pick(0, 3)
+    origin = torch.zeros(B, Lq, dtype=torch.int32)
+    kind = pick(0, 3 if decode else 4)
     if kind == 1:  # left padding
-        first = torch.randint(0, Lk + 1, (B, 1), generator=g, dtype=torch.int32)
-        visible[..., 0] = torch.minimum(first, visible[..., 1])
-        origin = first.expand(B, Lq).contiguous()
+        origin += torch.randint(0, Lk + 1, (B, 1), generator=g, dtype=torch.int32)
+        visible[..., 0] = torch.minimum(origin, visible[..., 1])
     elif kind == 2:  # sliding window
         visible[..., 0] = (visible[..., 1] - pick(1, 60)).clamp(min=0)
     elif kind == 3:  # any interval, empty ones too
         visible = torch.randint(0, Lk + 1, (B, Lq, 2), generator=g).sort(-1).values.to(torch.int32)
-        origin = visible[..., 0].clone()
-    n = (visible[..., 1] - visible[..., 0])[:, None]
-    share = torch.rand(B, Hq if pick(0, 3) == 0 else 1, Lq, generator=g)
-    budget = (share * (n + 1)).floor().clamp(min=1).minimum(n).to(torch.int32)
-    sinks = torch.randn(Hq, generator=g) if pick(0, 2) == 0 else None
-    scale, softcap = (0.125, 0.3)[pick(0, 1)], (0.0, 3.0)[pick(0, 1)]
-    case = Case(
-        query, key, value, visible, origin, budget, sinks, scale, softcap, pick(0, 5), pick(0, 5), (16, 32)[pick(0, 1)]
-    )
-    if pick(0, 2) == 0:
-        case.budget = torch.where(n <= pick(1, longest), n, budget)
-    case.query_block_size = (32, 64, 64, 128)[pick(0, 3)]
-    case.sample_stride = (None, None, 1, 4, 16, 64)[pick(0, 5)]
-    case.local_keys = (0, 16, 64, 100)[pick(0, 3)]
-    return case
-
-
-def tail_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float32) -> Case:
-    """A random case whose rows see intervals of the sequences they belong to: one, padded, or several packed."""
-    case = random_case(seed, longest, dtype)
-    g = torch.Generator().manual_seed(seed)
-    B, Lq, _ = case.visible.shape
-    Lk = case.key.shape[2]
-    kind = seed % 4
-    if kind == 1:  # any interval of one sequence
-        first = torch.randint(0, 20, (B, 1), generator=g, dtype=torch.int32).expand(B, Lq)
-        case.origin = first.clamp(max=Lk).contiguous()
-        case.visible[..., 1] = torch.maximum(case.visible[..., 1], case.origin)
-        case.visible[..., 0] = torch.maximum(case.visible[..., 0], case.origin).minimum(case.visible[..., 1])
-    elif kind == 2:  # packed sequences
-        end = torch.arange(Lk - Lq + 1, Lk + 1, dtype=torch.int32)
+        origin += visible[..., 0].amin(1, keepdim=True)
+    elif kind == 4:  # packed sequences
         borders = torch.randint(0, Lk, (4,), generator=g, dtype=torch.int32).sort().values
         borders[0] = 0
-        start = borders[torch.searchsorted(borders, end - 1, right=True) - 1].to(torch.int32)
-        case.visible = torch.stack((start, end), -1).expand(B, -1, -1).contiguous()
-        case.origin = case.visible[..., 0].clone()
-    else:
-        case.origin = torch.zeros(B, Lq, dtype=torch.int32)
-    share = torch.rand(case.budget.shape, generator=g)
-    case.budget = (share * share * (case.rows + 1)).floor().clamp(min=1).minimum(case.rows).to(torch.int32)
-    return case
-
-
-def last_queries(case: Case) -> Case:
-    """At most five queries of each sequence of the batch."""
-    rows = slice(-DECODED, None)
-    return replace(
-        case, query=case.query[:, :, rows], visible=case.visible[:, rows].contiguous(),
-        origin=case.origin[:, rows].contiguous(), budget=case.budget[..., rows].contiguous(),
-    )  # fmt: skip
-
-
-def decode_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float32) -> Case:
-    """A random case of at most five queries a sequence, each sequence with one origin."""
-    case = last_queries(random_case(seed, longest, dtype))
-    case.origin = case.origin[:, -1:].expand_as(case.origin).contiguous()
-    case.visible[..., 0] = torch.maximum(case.visible[..., 0], case.origin)
-    case.visible[..., 1] = torch.maximum(case.visible[..., 1], case.visible[..., 0])
-    case.budget = torch.minimum(case.budget, case.rows)
-    return case
-
-
-def case_for(way: str, seed: int, dtype: torch.dtype = torch.float32, longest: int | None = None) -> Case:
-    """A random case that suits a way: blocks need more keys, page means sequences."""
-    longest = longest or (300 if way == "block" else 150)
-    if WAYS[way].tail == "mean":
-        case = tail_case(seed, longest, dtype)
-        return last_queries(case) if WAYS[way].index else case
-    return (decode_case if WAYS[way].index else random_case)(seed, longest, dtype)
+        origin = borders[torch.searchsorted(borders, visible[..., 1].contiguous() - 1, right=True) - 1]
+        visible[..., 0] = origin
+    n = (visible[..., 1] - visible[..., 0])[:, None]
+    share = torch.rand(B, Hq if pick(0, 3) == 0 else 1, Lq, generator=g)
+    budget = (share * share * (n + 1)).floor().clamp(min=1).minimum(n).to(torch.int32)
+    if pick(0, 2) == 0:
+        budget = torch.where(n <= pick(1, longest), n, budget)
+    sinks = torch.randn(Hq, generator=g) if pick(0, 2) == 0 else None
+    scale, softcap = (0.125, 0.3)[pick(0, 1)], (0.0, 3.0)[pick(0, 1)]
+    return Case(
+        *(query, key, value, visible, origin, budget, sinks, scale, softcap, pick(0, 5), pick(0, 5)),
+        block_size=(16, 32)[pick(0, 1)],
+        query_block_size=(32, 64, 64, 128)[pick(0, 3)],
+        sample_stride=(None, None, 1, 4, 16, 64)[pick(0, 5)],
+        local_keys=(0, 16, 64, 100)[pick(0, 3)],
+    )
 
 
 def every(step: int, key: torch.Tensor) -> torch.Tensor:

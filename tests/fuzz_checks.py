@@ -6,8 +6,9 @@ also agrees if it equals the reference of inputs that differ from the given ones
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +19,7 @@ from operations import reference_attention
 from nc_patch import AttentionResult, KeyIndex, NCConfig, sparse_attention
 from nc_patch.budget import budget_of
 from nc_patch.ops.backends import has_numba
-from nc_patch.ops.problem import causal_intervals
+from nc_patch.ops.problem import causal_intervals, visible_mask
 from nc_patch.selections import Block
 from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
 
@@ -44,11 +45,41 @@ class Call(NamedTuple):
         given |= {name: self._built(kind) for name, kind in indices.items() if kind is not None}
         return sparse_attention(**given, **self.options, **more)
 
+    @property
+    def visible(self) -> torch.Tensor:
+        """The interval of keys that each query sees."""
+        B, _, Lq, _ = self.inputs.query.shape
+        causal = causal_intervals(B, Lq, self.inputs.key.shape[2], "cpu")
+        return causal if self.inputs.visible is None else self.inputs.visible
+
+    @property
+    def start(self) -> torch.Tensor:
+        """Where the sequence of an index begins, int ``[B]``."""
+        B, origin = len(self.inputs.query), self.inputs.origin
+        return torch.zeros(B, dtype=torch.int32) if origin is None else origin[:, -1]
+
+    @property
+    def references(self) -> int:
+        """How many references a row may equal."""
+        return 1 if self.inputs.exact and self.options["selection"] != "block" else 1 + _PERTURBED
+
+    def spoil(self) -> None:
+        """Writes NaN over keys and values that nothing may read: that no query sees, and no index or page holds."""
+        at = torch.arange(self.inputs.key.shape[2])
+        if self.index or self.means:
+            unread = at < self.start[:, None]
+        elif self.options.get("tail") == "mean":
+            return
+        else:
+            unread = ~visible_mask(self.visible, len(at)).any(2)[:, 0]
+        for tensor in (self.inputs.key, self.inputs.value):
+            if 0 not in tensor.stride():
+                tensor.masked_fill_(unread[:, None, :, None], torch.nan)
+
     def _built(self, kind: str) -> KeyIndex:
         """An index of the keys, extended by half of them; codes depend on the first keys, in their tightness."""
-        _, key, value, _, origin, *_ = self.inputs
-        B, _, Lk, _ = key.shape
-        start = torch.zeros(B, dtype=torch.int32) if origin is None else origin[:, -1]
+        _, key, value, *_ = self.inputs
+        Lk, start = key.shape[2], self.start
         first = Lk // 2 if kind != "codes" else Lk
         options = {"start": start, "block_size": self.options.get("block_size", Block.size), "capacity": max(first, 1)}
         half = (t[:, :, :first] for t in (key, value))
@@ -79,11 +110,13 @@ def check(kind: str, seed: int) -> str | None:
     if kind == "decode":
         means = options.get("tail") == "mean" and rng.random() < 0.7
         index = None if means and rng.random() < 0.3 else {"topk": "codes", "block": "pages"}[selection]
-    # Kernels have no gradient, and in them a broken value may reach other rows of its tile.
-    if has_numba() and kind != "gradient" and not broken:
-        options["backend"] = rng.choice(("torch", "cpu"))
     call = Call(inputs, options, index, means)
-    return _said(call, f"{kind} {seed}", _check_gradient if kind == "gradient" else _check_forward)
+    if kind == "gradient":
+        return _said(call, f"{kind} {seed}", _check_gradient)
+    call.spoil()
+    # In the kernels a broken value may reach other rows of its tile.
+    backends = ("torch", "cpu") if has_numba() and not broken else ("torch",)
+    return _said(call, f"{kind} {seed}", partial(_check_forward, backends=backends))
 
 
 def _check_kernel(kernel: str, seed: int) -> str | None:
@@ -100,14 +133,15 @@ def _check_kernel(kernel: str, seed: int) -> str | None:
         B, Hq, Lq, _ = inputs.query.shape
         if 0 < Hq * B <= 12 and inputs.key.shape[2] and (not decodes or (inputs.has_one_origin and Lq)):
             break
-    options = random_options(rng, inputs, selection) | {"backend": "triton"}
+    options = random_options(rng, inputs, selection)
     if selection == "topk":
         options["tail"] = "mean" if kernel in ("tail", "means") else "drop"
     with ExitStack() as stack:
         if seed % 3:
             small_sizes(stack.enter_context(pytest.MonkeyPatch.context()))
         gpu = stack.enter_context(GpuSemantics(seed).active())
-        said = _said(Call(inputs, options, index, kernel == "means"), f"triton {kernel} {seed}", _check_forward)
+        call, run = Call(inputs, options, index, kernel == "means"), partial(_check_forward, backends=("triton",))
+        said = _said(call, f"triton {kernel} {seed}", run)
     return said or "; ".join(gpu.take_findings()) or None
 
 
@@ -147,7 +181,15 @@ def _said(call: Call, name: str, run: Any) -> str | None:
     return said and f"{name}: {said}; {call.options} {[tuple(tensor.shape) for tensor in tensors]} {tensors[0].dtype}"
 
 
-def _check_forward(call: Call) -> str | None:
+def _check_forward(call: Call, backends: Sequence[str]) -> str | None:
+    reference = cache(partial(_reference, call))
+    for backend in backends:
+        if said := _check_backend(call._replace(options=call.options | {"backend": backend}), reference):
+            return f"{backend}: {said}"
+    return None
+
+
+def _check_backend(call: Call, reference: Callable[[int], AttentionResult]) -> str | None:
     alone = call.run()
     result = call.run(return_kept_mass="bounds") if call.index == "codes" else call.run(return_stats=True)
     shape = (*call.inputs.query.shape[:3], call.inputs.value.shape[3])
@@ -157,24 +199,23 @@ def _check_forward(call: Call) -> str | None:
     if not alone.numel():
         return None
     left, first = torch.ones(shape[:3], dtype=torch.bool), ""
-    for expected in _references(call):
-        wrong, said = _compare(call, result, alone, expected)
+    for number in range(call.references):
+        wrong, said = _compare(call, result, alone, reference(number))
         left, first = left & wrong, first or said
         if not left.any():
             return None
     return f"{int(left.sum())} rows disagree, first {left.nonzero()[0].tolist()}: {first}"
 
 
-def _references(call: Call) -> Iterator[AttentionResult]:
-    """The reference of the inputs, then of some that differ from them by rounding."""
+def _reference(call: Call, number: int) -> AttentionResult:
+    """The reference of the inputs, or with a number above 0 of some that differ from them by rounding."""
     i, o = call.inputs, call.options
     B, Hq, Lq, _ = i.query.shape
-    visible = causal_intervals(B, Lq, i.key.shape[2], "cpu") if i.visible is None else i.visible
+    visible = call.visible
     origin = visible[..., 0] if i.origin is None else i.origin
     selection = "pages" if call.index == "pages" else o["selection"]
     if call.index == "pages":
-        start = torch.zeros(B, dtype=torch.int32) if i.origin is None else i.origin[:, -1]
-        origin = start[:, None].expand(B, Lq)
+        origin = call.start[:, None].expand(B, Lq)
     if NCConfig([o["alpha"]], [o["C"]]).is_dense(0):
         selection = "dense"
     laws = list(zip(*(v if isinstance(v, list) else [v] * Hq for v in (o["alpha"], o["C"])), strict=True))
@@ -184,14 +225,14 @@ def _references(call: Call) -> Iterator[AttentionResult]:
     settings |= {"visible": visible, "origin": origin, "selection": selection, "sinks": i.sinks, "softcap": i.softcap}
     settings |= {"budget": torch.tensor(budget, dtype=torch.int32).view(B, Hq, Lq), "scale": _scale(i)}
     settings["tail"] = o.get("tail") == "mean"
-    yield reference_attention(i.query, i.key, i.value, **settings)
-    g = torch.Generator().manual_seed(0)
-    for _ in range(0 if i.exact and selection != "block" else _PERTURBED):
-        noisy = [t.double() * (1 + 4e-7 * torch.randn(t.shape, generator=g)) for t in (i.query, i.key)]
-        # So is the mass that blocks are found to keep, where they stop at one.
-        if o.get("min_mass"):
-            settings["min_mass"] = o["min_mass"] * (1 + 2e-6 * float(torch.randn(1, generator=g)))
-        yield reference_attention(*noisy, i.value, **settings)
+    if number == 0:
+        return reference_attention(i.query, i.key, i.value, **settings)
+    g = torch.Generator().manual_seed(number)
+    noisy = [t.double() * (1 + 4e-7 * torch.randn(t.shape, generator=g)) for t in (i.query, i.key)]
+    # So is the mass that blocks are found to keep, where they stop at one.
+    if o.get("min_mass"):
+        settings["min_mass"] = o["min_mass"] * (1 + 2e-6 * float(torch.randn(1, generator=g)))
+    return reference_attention(*noisy, i.value, **settings)
 
 
 def _compare(
@@ -261,7 +302,9 @@ def _check_gradient(call: Call) -> str | None:
     doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
     said = ""
     allowed = 1e-3 if output.dtype == torch.float32 else 5e-2
-    for expected in _references(call._replace(inputs=call.inputs._replace(**dict(zip(names, doubles, strict=True))))):
+    exact = call._replace(inputs=call.inputs._replace(**dict(zip(names, doubles, strict=True))))
+    for number in range(call.references):
+        expected = _reference(exact, number)
         wanted = torch.autograd.grad(
             (expected.output * weight).sum(), doubles, allow_unused=True, materialize_grads=True
         )

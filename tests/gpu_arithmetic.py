@@ -1,6 +1,7 @@
 """A GPU's arithmetic for Triton's interpreter: what PTX allows where it differs from numpy."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partialmethod
 from typing import Any
 
@@ -30,6 +31,8 @@ class ArithmeticBuilder(interpreter.InterpreterBuilder):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
+        # Only with ``debug`` would anyone hear of an overflow.
+        self.options = replace(self.options, sanitize_overflow=False)
 
     def create_fmul(self, left: TensorHandle, right: TensorHandle) -> TensorHandle:
         """A product that remembers its factors, for what it is added to."""

@@ -77,6 +77,7 @@ class GpuSemantics(ArithmeticBuilder):
         replacements: dict[tuple[Any, str], Callable[..., Any]] = {
             (interpreter.GridExecutor, "__call__"): self._launch,
             (interpreter.ReduceOps, "apply_impl"): fold,
+            (interpreter, "_patch_lang"): self._patch_language,
             (torch, "empty"): poisoned,
             (torch, "empty_like"): poisoned,
             (torch.Tensor, "new_empty"): poisoned,
@@ -101,8 +102,15 @@ class GpuSemantics(ArithmeticBuilder):
     def _launch(self, plain: Callable[..., Any], executor: Any, *arguments: Any, **options: Any) -> None:
         self.launches += 1
         self._memory = Memory(executor.fn.__name__, tensors_in((*arguments, *options.values())), self.findings)
+        self._patched: set[str] = set()
         with np.errstate(all="ignore"):
             plain(executor, *arguments, **options)
+
+    def _patch_language(self, plain: Callable[..., Any], function: Any) -> Any:
+        """Once a launch for what each module sees; the interpreter would in every call of a device function."""
+        first = function.__module__ not in self._patched
+        self._patched.add(function.__module__)
+        return plain(function) if first else None
 
     def set_grid_dim(self, *sizes: int) -> None:
         programs = list(product(*map(range, sizes)))
@@ -154,7 +162,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Runs a test as on a GPU. One that passes with findings fails; one that fails shows them beside its error."""
+    """Runs a test as on a GPU. One that passes with findings fails; one that fails shows them beside its error.
+
+    A test that takes the fixture ``gpu`` has semantics of its own.
+    """
+    if "gpu" in getattr(item, "fixturenames", ()):
+        return (yield)
     semantics = item.config.stash[STATE]
     try:
         with semantics.active():

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from nc_patch import library
 from nc_patch.ops import backends
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rows import Rows
@@ -64,13 +63,6 @@ def topk_mask(
     chosen = TopK(sink_keys, recent_keys, "drop")
     rows = (Rows(visible[b], budget[b], visible[b, :, 0], 0, 1) for b in range(len(scores)))
     return torch.stack([chosen.keep(each, of) for each, of in zip(scores, rows, strict=True)])
-
-
-def operation(selection: Selection, problem: Problem, backend: str = "torch") -> AttentionResult:
-    """The same through the registered op, which has a gradient."""
-    op = library.operation(selection, problem, backend)
-    found = op(problem.tensors(), *library.arguments(selection, problem, backend))
-    return AttentionResult(*(field if field.numel() else None for field in found))
 
 
 def problem_of_case(case: Any, device: str = "cpu", **more: Any) -> Problem:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -224,16 +224,29 @@ def name_of(launch: Launch, case: str) -> str:
     return f"{name}-{rest}"
 
 
+def library_modules() -> list[ModuleType]:
+    """Every module of the library but those that need vLLM."""
+    names = [module.name for module in pkgutil.walk_packages(nc_patch.__path__, "nc_patch.")]
+    return [
+        importlib.import_module(name)
+        for name in names
+        if not name.startswith("nc_patch.vllm.") and not name.endswith("__main__")
+    ]
+
+
+def library_kernels() -> set[Any]:
+    """Every kernel of the library."""
+    values = [item for module in library_modules() for item in vars(module).items()]
+    return {value for name, value in values if name.endswith("_kernel") and hasattr(value, "arg_names")}
+
+
 @contextmanager
 def on_architecture(architecture: str) -> Iterator[None]:
     """Within it ``nc_patch`` takes the CPU for a GPU of this architecture that Triton runs on."""
-    for module in pkgutil.walk_packages(nc_patch.__path__, "nc_patch."):
-        if not module.name.startswith("nc_patch.vllm.") and not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
     stand_ins = {"triton_problem": lambda device: None, "architecture_of": lambda device: architecture}
+    modules = library_modules()
     with ExitStack() as stack:
         for function, stand_in in stand_ins.items():
-            modules = [module for name, module in sys.modules.items() if name.startswith("nc_patch")]
             having = [module for module in modules if hasattr(module, function)]
             if not having:
                 raise LookupError(f"nc_patch has no function {function} any more; name here what asks for the device")

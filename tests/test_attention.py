@@ -1,26 +1,13 @@
 """Every way of attending in PyTorch and in the kernels for CPUs, against the float64 definitions."""
 
-import itertools
-
 import pytest
 import torch
-from attention_cases import (
-    DESCRIBED,
-    KINDS,
-    PAGE_KINDS,
-    PREFILL,
-    TOLERANCE,
-    WAYS,
-    case_for,
-    check,
-    decode_case,
-    random_case,
-    relative_error,
-)
+from attention_cases import DESCRIBED, KINDS, PAGE_KINDS, WAYS, check, random_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import operation, problem_of_case
+from operations import problem_of_case
 
+from nc_patch import library
 from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.backends import has_numba
 from nc_patch.ops.problem import Problem, causal_intervals
@@ -30,19 +17,6 @@ from nc_patch.selections import Block, TopK
 BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(not has_numba(), reason="needs Numba"))]
 INSTALLED = ("torch", "cpu") if has_numba() else ("torch",)
 EACH = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_random_cases_equal_the_reference(way, dtype):
-    for seed in range(50 if dtype == torch.float32 else 12):
-        case = case_for(way, seed, dtype)
-        expected = case.reference(way)
-        for backend, stats in itertools.product(INSTALLED, (True, False)):
-            check(way, case, backend, expected=expected, stats=stats)
-            if WAYS[way].index == "codes":
-                check(way, case, backend, expected=expected, stats=stats, bounds=True)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -56,9 +30,9 @@ def test_described_cases_equal_the_reference(name):
 
 
 @given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1), st.integers(0, 5))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_topk_chooses_the_references_keys_whatever_they_are_and_codes_bound_the_kept_mass(seed, kind, new):
-    case = decode_case(seed)
+    case = random_case(seed, decode=True)
     pad = -case.query.shape[-1] % 16 if seed % 3 else 0  # whole vectors of codes, or keys themselves
     case.query, case.key = (torch.nn.functional.pad(t, (0, pad)) for t in (case.query, case.key))
     if kind in (1, 5, 6):
@@ -78,8 +52,8 @@ def test_topk_chooses_the_references_keys_whatever_they_are_and_codes_bound_the_
 
 @pytest.mark.parametrize("kind", [None, *PAGE_KINDS])
 def test_pages_are_chosen_and_attended_as_defined_whatever_the_keys_are(kind):
-    for seed in range(80) if kind is None else range(300, 320):
-        case = decode_case(seed)
+    for seed in range(24):
+        case = random_case(seed, decode=True)
         case.key = case.key if kind is None else kind(case.key)
         given = {"stats": kind is None and seed % 2 == 0, "tolerance": None if kind is None else 1e-4}
         new = seed % 4 if bool((case.origin == 0).all()) else 0
@@ -87,22 +61,22 @@ def test_pages_are_chosen_and_attended_as_defined_whatever_the_keys_are(kind):
             check("pages", case, backend, expected=case.reference("pages"), new=new, **given)
 
 
-@EACH
+@pytest.mark.skipif(not has_numba(), reason="needs Numba")
 @pytest.mark.parametrize("way", ["drop", "window", "codes", "pages"])
 @pytest.mark.parametrize("where", ["key", "value"])
-@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_inf_reach_the_rows_that_attend_them_and_no_number_is_wrong(way, where, what, backend):
+def test_nan_and_inf_reach_the_rows_that_attend_them_and_no_number_is_wrong(way, where):
+    """In the compiled kernels, where a value may reach more rows; ``test_fuzz.py`` holds PyTorch to the reference."""
     reached = 0
-    for seed in range(12):
-        case = case_for(way, seed, longest=60)
+    for seed, what in enumerate([torch.nan, torch.inf, -torch.inf] * 5):
+        case = random_case(seed, 60, decode=WAYS[way].index is not None)
         case.softcap = 0.0
         tensor = getattr(case, where)
         tensor[0, 0, tensor.shape[2] // 2, 0] = what
         expected = case.reference(way).output
-        output = case.selection(way).run(case.problem(way), backend).output.double()
+        output = case.selection(way).run(case.problem(way), "cpu").output.double()
         reached += bool(expected.isnan().any())
         assert not bool((output.isfinite() & ~expected.isfinite()).any()), seed
-        if where == "key" or backend == "torch":
+        if where == "key":
             assert torch.equal(output.isnan(), expected.isnan()), seed
         sound = output.isfinite() & expected.isfinite()
         torch.testing.assert_close(output[sound], expected[sound], atol=1e-4, rtol=1e-5)
@@ -112,7 +86,7 @@ def test_nan_and_inf_reach_the_rows_that_attend_them_and_no_number_is_wrong(way,
 @EACH
 @pytest.mark.parametrize("way", WAYS)
 def test_a_sink_beyond_all_scores_leaves_the_statistics_right(way, backend):
-    case = case_for(way, 4)
+    case = random_case(4, decode=WAYS[way].index is not None)
     case.sinks = torch.full((case.query.shape[1],), 120.0)
     check(way, case, backend)
 
@@ -130,20 +104,16 @@ def test_many_chunks_equal_one(way, monkeypatch):
         assert torch.equal(parts.enlarged, whole.enlarged)
 
 
-@pytest.mark.parametrize("way", PREFILL)
-def test_gradients_equal_those_of_the_reference(way):
-    for seed in range(16):
-        case = case_for(way, seed, longest=90)
-        names = [name for name in ("query", "key", "value", "sinks") if getattr(case, name) is not None]
-        gradients, weight = [], torch.randn(*case.query.shape[:3], case.value.shape[-1])
-        for dtype in (torch.float32, torch.float64):
-            leaves = {name: getattr(case, name).detach().to(dtype).requires_grad_() for name in names}
-            problem = problem_of_case(case)._replace(**leaves)
-            selection = case.selection(way)
-            output = (operation(selection, problem) if dtype == torch.float32 else selection.reference(problem)).output
-            gradients.append(torch.autograd.grad(output, list(leaves.values()), weight.to(output.dtype)))
-        for found, expected in zip(*gradients, strict=True):
-            assert relative_error(found, expected) < 1e-4, seed
+@pytest.mark.parametrize("way", ["topk", "window", "dense", "block"])
+def test_custom_ops_keep_the_contract_of_torch(way):
+    for backend in INSTALLED:  # the kernels for CPUs have no gradient, and return what compiled graphs expect
+        case = random_case(8, longest=40)
+        for t in (case.query, case.key, case.value):
+            t.requires_grad_(backend == "torch")
+        problem, chosen = problem_of_case(case, stats=True), case.selection(way)
+        arguments = (problem.tensors(), *library.arguments(chosen, problem, backend))
+        utils = {} if backend == "torch" else {"test_utils": "test_faketensor"}
+        torch.library.opcheck(library.operation(chosen, problem, backend), arguments, **utils)
 
 
 @EACH

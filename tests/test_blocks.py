@@ -1,6 +1,5 @@
 """Block-sparse prefill: the plan of query blocks, the choice of key blocks, and what its options promise."""
 
-import itertools
 import math
 from functools import partial
 
@@ -10,7 +9,7 @@ from attention_cases import peaked
 from operations import problem_of
 from tiny_models import random_ids, tiny_model
 
-from nc_patch import KeyIndex, NCConfig, patch_model, sparse_attention
+from nc_patch import NCConfig, patch_model, sparse_attention
 from nc_patch.ops.problem import Problem, causal_intervals, visible_mask
 from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
@@ -146,24 +145,6 @@ def test_rows_that_attend_none_of_the_keys_they_see_are_zero_with_and_without_st
     assert (found.output[nothing] == 0).all()
     assert (found.kept_mass[nothing] == 0).all()
     torch.testing.assert_close(call(), found.output)
-
-
-@pytest.mark.parametrize("queries", [1, 3, 200])
-def test_a_budget_of_all_keys_attends_them_wherever_intervals_begin_and_end(queries):
-    g = torch.Generator().manual_seed(queries)
-    query, key, value = (
-        torch.randn(1, heads, length, 8, generator=g) for heads, length in ((4, queries), (2, 333), (2, 333))
-    )
-    end = torch.arange(33, 33 + queries, dtype=torch.int32)
-    for start, block_size in itertools.product((0, 12, 27), (16, 32)):
-        visible = torch.stack(((end - 33 + start).clamp(max=33 + start), end), -1)[None]
-        options = {"visible": visible, "origin": torch.zeros(1, queries, dtype=torch.int32), "dense_below": 0}
-        expected = sparse_attention(query, key, value, alpha=1e6, selection="dense", **options)
-        options |= {"alpha": 1e6, "selection": "block", "block_size": block_size}
-        index = KeyIndex.build(key, "pages", block_size=block_size)
-        for more in ({}, {"min_mass": 0.9}, *([{"index": index}] if queries <= 32 else [])):
-            found = sparse_attention(query, key, value, **options, **more)
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.fixture

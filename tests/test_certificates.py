@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import KINDS, WAYS, Case, decode_case, random_case
+from attention_cases import KINDS, WAYS, Case, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import problem_of_case
@@ -56,7 +56,7 @@ def check_bounds(case: Case, way: str) -> torch.Tensor:
     st.integers(0, len(KINDS) - 1),
 )
 def test_bounds_hold_the_truth_while_decoding(seed, way, kind):
-    case = decode_case(seed)
+    case = random_case(seed, decode=True)
     case.key = KINDS[kind](case.key.clone())
     check_bounds(case, way)
 
@@ -73,7 +73,7 @@ def test_what_is_attended_whole_is_certain_to_be_whole_and_a_nan_never_to_be_kep
     case.budget = (case.visible[..., 1] - case.visible[..., 0]).clamp(min=0)[:, None]
     for way in ("drop", "window"):
         assert bool((certified_bounds(run(case, way, case.value), problem_of_case(case)) == 1).all())
-    case = decode_case(12)
+    case = random_case(4, decode=True)
     n = case.visible[..., 1] - case.visible[..., 0]
     assert int(n.min()) > 8
     case.budget = torch.full_like(n[:, None], 6)

@@ -16,6 +16,7 @@ from nc_patch import KeyIndex, sparse_attention
 CASES, FIRST = int(os.environ.get("FUZZ_CASES", "2000")), int(os.environ.get("FUZZ_FIRST", "2000000"))
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("kind", fuzz_checks.KINDS)
 def test_random_calls_equal_the_reference(kind):
     said = [fuzz_checks.check(kind, seed) for seed in range(300)]
@@ -28,15 +29,6 @@ def test_many_more_random_calls(kind):
     count = CASES * fuzz_checks.KINDS.get(kind, 1) // 1000  # the interpreter takes half a minute for two
     said = [fuzz_checks.check(kind, seed) for seed in range(FIRST, FIRST + count)]
     assert [each for each in said if each is not None] == []
-
-
-@pytest.mark.wide
-def test_many_more_random_calls_of_the_triton_kernels():
-    pytest.importorskip("triton", reason="the interpreter is Triton's")
-    from interpreted import run_in_the_interpreter
-
-    done = run_in_the_interpreter("-m", "wide", "-k", "many_more_random_calls and not triton", __file__)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +46,7 @@ def test_what_is_wrong_is_noticed(kind, wrong, monkeypatch):
     run = fuzz_checks.sparse_attention
     changed = lambda query, key, value, **options: wrong(run, query, key, value, **options)  # noqa: E731
     monkeypatch.setattr(fuzz_checks, "sparse_attention", changed)
-    assert sum(fuzz_checks.check(kind, seed) is not None for seed in range(24)) > 6
+    assert sum(fuzz_checks.check(kind, seed) is not None for seed in range(12)) > 3
 
 
 def one_row(scores: list[float], budget: int, **options):

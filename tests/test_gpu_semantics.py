@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +12,9 @@ triton = pytest.importorskip("triton", reason="the interpreter is Triton's")
 import triton.language as tl  # noqa: E402
 from gpu_arithmetic import ULPS  # noqa: E402
 from gpu_semantics import GpuSemantics  # noqa: E402
-from interpreted import check_as_on_a_gpu, run_in_the_interpreter  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that a test at the end starts")
-starts_a_process = pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="test_interpreter.py runs this file")
 
 
 @pytest.fixture
@@ -78,7 +74,6 @@ def memory_kernel(x, out, counter, N: tl.constexpr, DOES: tl.constexpr):
 WITHIN, BETWEEN = " with no barrier between", " in another program"
 
 
-@interpreted
 @pytest.mark.parametrize(
     ("does", "programs", "races"),
     [
@@ -113,7 +108,6 @@ def ticket_kernel(counter, out):
     tl.store(out + tl.atomic_add(counter, 1), tl.program_id(0) + 10 * tl.program_id(1))
 
 
-@interpreted
 def test_programs_run_once_each_in_an_order_of_the_seed():
     orders = []
     for seed in (1, 1, 2):
@@ -137,7 +131,6 @@ def copy_kernel(x, out, count, N: tl.constexpr, OTHER: tl.constexpr):
         tl.store(out + i, tl.load(x + i, mask=i < count))
 
 
-@interpreted
 @pytest.mark.parametrize(
     "make", [lambda like: torch.empty_like(like), lambda like: like.new_empty(24)], ids=["empty_like", "new_empty"]
 )
@@ -151,7 +144,6 @@ def test_reading_what_nothing_wrote_is_found_unless_it_is_masked(dtype, make, gp
     assert found(gpu) == {"reads memory that nothing has written"}
 
 
-@interpreted
 def test_what_a_mask_leaves_out_is_not_zero_and_leaving_the_tensors_does_not_happen(gpu):
     for other in (True, False):
         out = torch.zeros(8)
@@ -197,7 +189,6 @@ def computed(does: str, x: torch.Tensor, y: torch.Tensor | None = None, dtype: t
     return out
 
 
-@interpreted
 @pytest.mark.parametrize("name", ["divide", "exp2"])
 def test_division_and_powers_are_off_by_two_units_at_most(name):
     x, results = torch.rand(1024) * 6 + 2, []
@@ -213,7 +204,6 @@ def test_division_and_powers_are_off_by_two_units_at_most(name):
     assert not torch.equal(results[0], results[2])
 
 
-@interpreted
 def test_special_numbers_and_casts_are_those_of_ptx(gpu):
     assert computed("exp2", torch.tensor([0.0, -0.0, -127.5, -torch.inf])).tolist() == [1, 1, 0, 0]
     x, y = torch.tensor([torch.nan, 2.0, 3.0, 5.0]), torch.tensor([1.0, torch.nan, 4.0, 5.0])
@@ -229,7 +219,6 @@ def test_special_numbers_and_casts_are_those_of_ptx(gpu):
     torch.testing.assert_close(rounded, ties.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
-@interpreted
 def test_products_and_sums_are_rounded_as_on_a_gpu(gpu):
     x = torch.rand(64) + 1
     rounded = (x.double() ** 2 - (x * x).double()).float()  # what rounding x * x takes away, which float32 holds
@@ -248,7 +237,6 @@ def test_products_and_sums_are_rounded_as_on_a_gpu(gpu):
         assert (out != exact.float()).double().mean() > 0.5
 
 
-@interpreted
 def test_nothing_is_different_when_it_is_off_and_what_the_interpreter_lacks_is_named(monkeypatch):
     def state():
         builders = interpreter.interpreter_builder, interpreter.interpreter_semantic.builder
@@ -263,60 +251,3 @@ def test_nothing_is_different_when_it_is_off_and_what_the_interpreter_lacks_is_n
     message = rf"Triton {triton.__version__} has no InterpreterBuilder\.create_barrier"
     with pytest.raises(RuntimeError, match=message), GpuSemantics(0).active():
         pass
-
-
-@starts_a_process
-def test_kernels_that_are_compiled_are_refused():
-    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"), GpuSemantics(0).active():
-        pass
-
-
-RACE = """
-import torch, triton, triton.language as tl
-
-@triton.jit
-def all_write_kernel(x):
-    tl.store(x, tl.program_id(0))
-
-def test_that_passes_with_a_race():
-    all_write_kernel[(9,)](torch.zeros(1, dtype=torch.int32))
-
-def test_that_fails_with_a_race():
-    all_write_kernel[(9,)](torch.zeros(1, dtype=torch.int32))
-    assert 1 == 2
-
-def test_that_passes():
-    all_write_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
-"""
-
-
-@starts_a_process
-def test_every_case_in_the_interpreter_and_as_a_plugin_it_fails_the_test_with_findings(tmp_path):
-    done = run_in_the_interpreter(__file__)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout[-2000:]
-    (tmp_path / "test_race.py").write_text(RACE)
-    arguments = ("-rN", "-p", "gpu_semantics", str(tmp_path / "test_race.py"))  # each finding is said once
-    done = run_in_the_interpreter(*arguments, GPU_SEMANTICS_SEED="5")
-    assert done.returncode == 1
-    assert "2 failed, 1 passed" in done.stdout
-    assert "As on a GPU, with seed 5" in done.stdout
-    assert "assert 1 == 2" in done.stdout
-    assert len(re.findall(r"^all_write_kernel: test_race.py:6 .*another program \(8 times\)$", done.stdout, re.M)) == 2
-    assert "gpu_semantics: 3 launches of 19 programs, seed 5" in done.stdout
-
-
-# With seed 0 each of these files runs itself.
-KERNEL_TESTS = [
-    file
-    for file in sorted(Path(__file__).parent.glob("test_*.py"))
-    if "\nfrom interpreted import test_" in file.read_text()
-]
-
-
-@pytest.mark.wide
-@starts_a_process
-@pytest.mark.parametrize("seed", ["1", "2"])
-@pytest.mark.parametrize("file", KERNEL_TESTS, ids=lambda file: file.stem)
-def test_kernels_as_on_a_gpu_with_other_seeds(file, seed):
-    check_as_on_a_gpu(str(file), GPU_SEMANTICS_SEED=seed)

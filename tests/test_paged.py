@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import test_every_case_in_the_interpreter  # noqa: F401
 from operations import INTERPRETED, assert_close, assert_summarises, reference_attention
 
 from nc_patch.ops.problem import AttentionResult

@@ -36,12 +36,23 @@ def test_topk_mask_is_the_definition_read_aloud(seed, odd):
         assert set(mask[b, h, i].nonzero()[:, 0].tolist()) == by_hand
 
 
-@pytest.mark.parametrize("selection", ["topk", "block", "window", "dense"])
-def test_a_full_budget_is_dense_attention(selection):
+@pytest.mark.parametrize("width", [70, 21], ids=["causal", "sliding"])
+@pytest.mark.parametrize(
+    ("selection", "options"),
+    [
+        *((selection, {}) for selection in ("topk", "window", "dense")),
+        *((selection, {"block_size": size}) for selection in ("block", "pages") for size in (16, 32)),
+        ("block", {"min_mass": 0.9}),
+    ],
+    ids=str,
+)
+def test_a_full_budget_is_dense_attention(selection, options, width):
     query, key, value = torch.randn(2, 6, 33, 16), torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 8)
     visible = causal_intervals(2, 33, 70, "cpu")
+    visible[..., 0] = (visible[..., 1] - width).clamp(min=0)
     budget = (visible[..., 1] - visible[..., 0])[:, None]
-    result = reference_attention(query, key, value, visible=visible, budget=budget, selection=selection, scale=0.25)
+    settings = {"budget": budget, "origin": torch.zeros(2, 33, dtype=torch.int32), "scale": 0.25, **options}
+    result = reference_attention(query, key, value, visible=visible, selection=selection, **settings)
     dense = torch.nn.functional.scaled_dot_product_attention(
         query.double(), key.double(), value.double(), attn_mask=visible_mask(visible, 70), scale=0.25, enable_gqa=True
     )

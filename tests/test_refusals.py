@@ -51,3 +51,36 @@ def test_what_is_wrong_is_refused_in_words(name, given):
     with pytest.raises((ValueError, TypeError)) as caught:
         sparse_attention(**GIVEN | {name: given})
     assert len(str(caught.value)) > 15
+
+
+PATCHED = {"dense_layers": (0,), "track": True, "key_index": "never", "on_drop": "warn", "decode": "topk"}
+BEYOND = torch.stack((torch.arange(20), torch.arange(20) + 9), -1).int().expand(2, 20, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("alpha", [1.0, 2.0], "given for 2 heads, query has 4"),
+        ("query", QUERY[0], r"query must be \[batch, heads, .*\], got shape \(4, 20, 8\)"),
+        ("query", QUERY[:, :3], "multiple of the key/value heads, got 3 and 2"),
+        ("query", QUERY.double(), "one of bfloat16, float16, float32, got torch.float64"),
+        ("key", KEY.half(), "key must have query's dtype"),
+        ("key", KEY[..., :4], "key must be"),
+        ("value", KEY[:, :, 1:], "key must be"),
+        ("value", KEY[..., :0], r"head_dim must be at least 1, .*value \(2, 2, 30, 0\)"),
+        ("query", torch.zeros(2, 4, 40, 8), "at least as many keys as queries, got Lq=40 and Lk=30"),
+        ("scale", 0.0, "scale must be a positive number, got 0.0"),
+        ("scale", float("nan"), "scale must be a positive number, got nan"),
+        ("softcap", -1.0, "softcap must be a positive number or None, got -1.0"),
+        ("sinks", torch.zeros(2), r"sinks must be \[4\]"),
+        ("visible", EVERY.float(), r"visible must be int32 \[2, 20, 2\]"),
+        ("visible", seen(0, 31), "within the keys, 0 to 30, got 0 to 31"),
+        ("visible", seen(5, 3), "ends before it starts"),
+        ("visible", BEYOND, r"interval \[0, 9\] in sequence 0 of the batch, which reaches from 0 to 1, and page means"),
+        ("origin", torch.zeros(2, 20), r"origin must be int32 \[2, 20\]"),
+        *((name, given, f"{name} acts in .*; sparse_attention takes .*sink_keys") for name, given in PATCHED.items()),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(name, given, message):
+    with pytest.raises(TypeError if name in PATCHED else ValueError, match=message):
+        sparse_attention(**GIVEN | {name: given})

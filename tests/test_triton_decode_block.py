@@ -6,7 +6,6 @@ from attention_cases import Shape, check
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from interpreted import test_every_case_in_the_interpreter  # noqa: E402, F401
 from operations import assert_close, assert_summarises, problem_of_case  # noqa: E402
 from test_triton_kernels import FP32_BF16  # noqa: E402
 

@@ -1,7 +1,4 @@
-"""What is special in Triton's decoding by codes: proofs and lists, ties, broken numbers, codes and plans.
-
-As in ``test_triton_kernels.py`` the interpreter needs a process of its own, which the last test starts.
-"""
+"""What is special in Triton's decoding by codes: proofs and lists, ties, broken numbers, codes and plans."""
 
 import itertools
 import math
@@ -12,7 +9,6 @@ from attention_cases import DESCRIBED, Shape, check
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from interpreted import test_every_case_in_the_interpreter  # noqa: E402, F401
 from operations import problem_of_case, topk_mask  # noqa: E402
 from small_plans import plan_with  # noqa: E402
 from test_triton_kernels import FP32_BF16, SPOILED, tied_case  # noqa: E402

@@ -1,7 +1,6 @@
 """Every way of attending in Triton against the float64 definitions: on a GPU where there is one, and interpreted.
 
-Whether kernels are interpreted is settled when they are imported, so the interpreter needs a process of its own:
-``test_every_case_in_the_interpreter`` runs this file again in one. There, small tiles make short inputs cross many.
+``test_interpreter.py`` runs this file in the interpreter. There, small tiles make short inputs cross many.
 """
 
 from dataclasses import replace
@@ -13,7 +12,6 @@ from tiny_models import random_ids, tiny_model
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from interpreted import test_every_case_in_the_interpreter  # noqa: E402, F401
 from operations import INTERPRETED, assert_close, problem_of_case, topk_mask  # noqa: E402
 from small_plans import plan_with  # noqa: E402
 
@@ -112,25 +110,25 @@ def test_counting_passes_are_few_and_bounded(kind, budget, most, device, monkeyp
     assert len(passes) <= most
 
 
-@pytest.mark.parametrize("way", ["drop", "window", "codes"])
+@pytest.mark.parametrize("way", ["drop", "window", "block", "codes"])
 @FP32_BF16
 def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_program(way, dtype, device):
-    sizes = {"queries": 5, "keys": 130, "group": 3} if way == "codes" else {"queries": 40, "group": 1}
-    case = Shape("broken-values", (), dtype, head_dim=80, **sizes).case()
+    sizes = {"block": {"queries": 100, "keys": 130}, "codes": {"queries": 5, "keys": 130, "group": 3}}
+    case = Shape("broken-values", (), dtype, head_dim=80, **sizes.get(way, {"queries": 40, "group": 1})).case()
     queries, keys = case.query.shape[2], case.key.shape[2]
     case.value[:, :, keys - 5, 3], case.value[:, :, keys - 2, 50] = torch.nan, torch.inf
     output = case.selection(way).run(case.problem(way, "triton", device), "triton").output.cpu()
     expected = case.reference(way).output
-    attending = expected.isnan()
+    attending, sound = expected.isnan(), output.isfinite()
     assert 0 < int(attending.sum()) < 2 * attending[..., 0].numel()
-    assert output.isfinite()[attending].sum() == 0
-    if way != "codes":
-        rows = triton_launch.tiles_for(triton_launch.architecture_of(torch.device(device)), dtype, 80, 80, 40).rows
-        # The first row that sees the first of them: rows of its program may be NaN in the column, all others are right.
-        first = (queries - 5) // rows * rows
-        assert_close(output[:, :, :first], expected[:, :, :first], TOLERANCE[dtype])
-    untouched = [d for d in range(80) if d not in (3, 50)]
-    assert_close(output[..., untouched], expected[..., untouched], TOLERANCE[dtype])
+    assert not sound[attending].any()
+    assert_close(output[sound], expected[sound], TOLERANCE[dtype])
+    # Whole are all other columns, and the rows of all programs before the first row that sees one of the two: blocks of
+    # queries begin at multiples of 64 positions, here after 34 rows.
+    rows = triton_launch.tiles_for(triton_launch.architecture_of(torch.device(device)), dtype, 80, 80, 40).rows
+    first = {"block": 34, "codes": 0}.get(way, (queries - 5) // rows * rows)
+    assert sound[:, :, :first].all()
+    assert sound[..., [d for d in range(80) if d not in (3, 50)]].all()
 
 
 @ROWS

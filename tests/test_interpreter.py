@@ -1,0 +1,88 @@
+"""The tests of the Triton kernels in Triton's interpreter, as on a GPU, and the plugin that makes it so.
+
+Whether kernels are interpreted is settled when they are imported, so that this takes a process of its own. One file:
+``TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest -p gpu_semantics tests/test_triton_kernels.py``.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the interpreter is Triton's")
+
+from gpu_semantics import GpuSemantics  # noqa: E402
+
+pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="starts processes that interpret")
+TESTS = Path(__file__).parent
+FILES = ("gpu_semantics", "paged", "triton_block", "triton_decode_block", "triton_decode_topk", "triton_kernels")
+
+
+def run_in_the_interpreter(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """pytest in a process of its own."""
+    # One thread: the interpreter's tiles are too small to share.
+    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)],
+        cwd=TESTS.parent,
+        env={**os.environ, **settings, **environment},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+
+
+@pytest.mark.parametrize("seed", ["0", *(pytest.param(seed, marks=pytest.mark.wide) for seed in "12")])
+def test_every_case_passes_as_on_a_gpu(seed):
+    files = [TESTS / f"test_{name}.py" for name in FILES]
+    done = run_in_the_interpreter("-p", "gpu_semantics", *files, GPU_SEMANTICS_SEED=seed)
+    said = done.stdout[-8000:] + done.stderr[-2000:]
+    assert done.returncode == 0, said
+    assert re.search(r"^gpu_semantics: [1-9]\d* launches", done.stdout, re.M), said
+    assert re.search(r"^[1-9]\d* passed\b(?!.*skipped)", done.stdout, re.M), said
+
+
+@pytest.mark.wide
+def test_many_more_random_calls_equal_the_reference():
+    done = run_in_the_interpreter("-m", "wide", "-k", "many_more_random_calls", TESTS / "test_fuzz.py")
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+RACE = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def all_write_kernel(x):
+    tl.store(x, tl.program_id(0))
+
+def test_that_passes_with_a_race():
+    all_write_kernel[(9,)](torch.zeros(1, dtype=torch.int32))
+
+def test_that_fails_with_a_race():
+    all_write_kernel[(9,)](torch.zeros(1, dtype=torch.int32))
+    assert 1 == 2
+
+def test_that_passes():
+    all_write_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
+"""
+
+
+def test_as_a_plugin_it_fails_the_test_with_findings(tmp_path):
+    (tmp_path / "test_race.py").write_text(RACE)
+    arguments = ("-rN", "-p", "gpu_semantics", tmp_path / "test_race.py")  # each finding is said once
+    done = run_in_the_interpreter(*arguments, GPU_SEMANTICS_SEED="5")
+    assert done.returncode == 1
+    assert "2 failed, 1 passed" in done.stdout
+    assert "As on a GPU, with seed 5" in done.stdout
+    assert "assert 1 == 2" in done.stdout
+    assert len(re.findall(r"^all_write_kernel: test_race.py:6 .*another program \(8 times\)$", done.stdout, re.M)) == 2
+    assert "gpu_semantics: 3 launches of 19 programs, seed 5" in done.stdout
+
+
+def test_kernels_that_are_compiled_are_refused():
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"), GpuSemantics(0).active():
+        pass
