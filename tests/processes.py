@@ -33,9 +33,17 @@ def start_ranks(
     home: Path, arguments: Sequence[list[str]], setups: Sequence[Callable[[], None] | None] = (None, None)
 ) -> list[multiprocessing.process.BaseProcess]:
     """Starts the processes of one run, each ``nc-patch ARGUMENTS``; what they say goes to ``said0`` and ``said1``."""
+    return call_ranks(home, _run, list(zip(arguments, setups, strict=True)))
+
+
+def call_ranks(
+    home: Path, function: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
+) -> list[multiprocessing.process.BaseProcess]:
+    """The same of calls ``function(*arguments)``, of a function of a module."""
     shared, ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}, []
-    for rank, (own, setup) in enumerate(zip(arguments, setups, strict=True)):
-        ranks.append(start(own, home / f"said{rank}", setup, RANK=str(rank), LOCAL_RANK=str(rank), **shared))
+    for rank, own in enumerate(arguments):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(start_call(function, *own, said=home / f"said{rank}", **place, **shared))
     return ranks
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import start_call
+from processes import call_ranks, ended
 from tiny_models import FAMILIES, random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,7 +110,7 @@ def test_the_model_is_restored_when_a_pass_fails(monkeypatch, failure):
 
 
 def _one_rank(rank: int, directory: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
     if rank == 1:
         measure.row_curves = None
     try:
@@ -121,10 +121,9 @@ def _one_rank(rank: int, directory: str) -> None:
 
 
 def test_when_one_process_fails_the_other_says_so_and_ends(tmp_path):
-    ranks = [start_call(_one_rank, rank, str(tmp_path), said=tmp_path / f"said{rank}") for rank in range(2)]
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0], (tmp_path / "said0").read_text()
+    ranks = call_ranks(tmp_path, _one_rank, [(rank, str(tmp_path)) for rank in range(2)])
+    codes, said, _ = ended(tmp_path, ranks)
+    assert codes == [0, 0], said
     assert "process 1: TypeError" in (tmp_path / "error0").read_text()
     assert "not callable" in (tmp_path / "error1").read_text()
 

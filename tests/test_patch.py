@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from tiny_models import FAMILIES, random_ids, tiny_model
+from profiles import made_up_profile
+from tiny_models import random_ids, tiny_model
 from transformers import AutoConfig, AutoModel, LlamaForCausalLM
-from ways import FULL, SMALL, TOPK, alone, assert_close, in_a_batch, rows_of, saved_and_loaded, small
+from ways import EACH_FAMILY, FULL, SMALL, TOPK, alone, assert_close, in_a_batch, rows_of, saved_and_loaded, small
 
 from nc_patch import (
     NCConfig,
@@ -38,7 +39,7 @@ def hooks_of(model):
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block", "dense"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_a_law_of_every_key_is_dense_and_unpatching_leaves_the_model_bit_for_bit_as_it_was(family, selection):
     model, rows = tiny_model(family), rows_of(2)
     before, text = in_a_batch(model, rows), model.generate(rows[0][None], max_new_tokens=4)
@@ -200,6 +201,8 @@ def test_without_alpha_and_C_the_defaults_are_taken():
 
 # What it refuses
 
+PROFILE = made_up_profile()
+
 
 @pytest.mark.parametrize("before", [unpatch_model, lambda model: model], ids=["plain", "patched"])
 @pytest.mark.parametrize(
@@ -212,6 +215,11 @@ def test_without_alpha_and_C_the_defaults_are_taken():
         ((1.0, 0.5), {"dense_layers": [3]}, ValueError, r"dense_layers names layers \[3\], .* has layers 0 to 2"),
         ((1.0, 0.5), {"config": NCConfig(1.0, 0.5)}, TypeError, "config holds every setting; leave out alpha, C"),
         ((), {"config": {"alpha": 1.0}}, TypeError, "config must be an NCConfig, got dict"),
+        ((2.0,), {"profile": PROFILE}, TypeError, "leave out alpha"),
+        ((), {"profile": PROFILE, "C": 0.5}, TypeError, "leave out C"),
+        ((), {"profile": PROFILE, "config": NCConfig(2.0, 0.5)}, TypeError, "leave out config"),
+        ((), {"profile": PROFILE, "magic": 1}, TypeError, "unknown option magic"),
+        ((), {"profile": "profile.json"}, TypeError, "profile must be a Profile"),
     ],
 )
 def test_wrong_settings_are_refused_and_nothing_changes(arguments, options, error, message, before):

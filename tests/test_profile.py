@@ -115,23 +115,6 @@ def test_a_model_of_another_shape_is_refused_and_other_weights_are_warned_of(cap
     assert "another checkpoint or another dtype" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"alpha": 2.0}, "leave out alpha"),
-        ({"C": 0.5}, "leave out C"),
-        ({"config": NCConfig(2.0, 0.5)}, "leave out config"),
-        ({"magic": 1}, "unknown option magic"),
-        ({"profile": "profile.json"}, "profile must be a Profile"),
-    ],
-)
-def test_a_profile_comes_alone(arguments, message):
-    model = tiny_model("llama")
-    with pytest.raises(TypeError, match=message):
-        patch_model(model, **{"profile": measured_profile()} | arguments)
-    assert not is_patched(model)
-
-
 MISSING = object()
 
 

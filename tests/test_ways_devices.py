@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from processes import free_port, start_call
+from processes import call_ranks, ended
 from tiny_models import random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TextGenerationPipeline
@@ -114,15 +114,9 @@ def test_a_model_over_two_processes_gives_the_numbers_of_one(tmp_path):
     model, ids = tiny_model("llama"), random_ids(2, 40)
     model.save_pretrained(tmp_path)
     torch.save(ids, tmp_path / "ids.pt")
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    outs, ranks = [tmp_path / f"rank{rank}.pt" for rank in range(2)], []
-    for rank, out in enumerate(outs):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        said = out.with_suffix(".said")
-        ranks.append(start_call(run_a_rank, str(tmp_path), str(out), said=said, **place, **shared))
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0], outs[0].with_suffix(".said").read_text()
+    outs = [tmp_path / f"rank{rank}.pt" for rank in range(2)]
+    codes, said, _ = ended(tmp_path, call_ranks(tmp_path, run_a_rank, [(str(tmp_path), str(out)) for out in outs]))
+    assert codes == [0, 0], said
     for out in outs:
         found = torch.load(out)
         for name, reference in (("full", model), ("small", small())):

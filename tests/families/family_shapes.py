@@ -125,12 +125,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 _AFTERWARDS = {"xmod": lambda model: model.set_default_language("en_XX")}
 
 
-def tiny_config(family: Family) -> Any:
-    """The family's config with every size made small, and with each kind of layer that its default has."""
-    config_class = family.load().config_class
-    return config_class(**settings_of(config_class, OVERRIDES.get(family.name, {})))
-
-
 def settings_of(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments that make a config class tiny; those of nested configs are dictionaries."""
     default = vars(config_class())
@@ -153,12 +147,16 @@ def settings_of(config_class: type[PreTrainedConfig], overrides: dict[str, Any])
 
 
 def tiny_model(family: Family, implementation: str | None = None) -> PreTrainedModel:
-    """A tiny model in evaluation mode, with weights large enough that attention matters.
+    """A tiny model in evaluation mode, with each kind of layer that its family has by default, and with weights large
+    enough that attention matters.
 
     ``implementation`` is the dense attention to run, by default what ``transformers`` chooses.
     """
     torch.manual_seed(1)
-    model = family.load()(tiny_config(family)).eval()
+    model_class = family.load()
+    config_class = model_class.config_class
+    config = config_class(**settings_of(config_class, OVERRIDES.get(family.name, {})))
+    model = model_class(config).eval()
     _AFTERWARDS.get(family.name, lambda model: None)(model)
     with torch.no_grad():
         for parameter in model.parameters():
