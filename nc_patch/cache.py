@@ -52,6 +52,8 @@ class KeyIndexMixin:
     # Where keys and values have been moved elsewhere, and the indexes have not: what ``update`` returned.
     _nc_moved: "tuple[weakref.ref[torch.Tensor], ...] | None" = None
     _nc_updated: frozenset[str] = frozenset()
+    # Where each sequence began when its keys were last attended, see ``visibility.begins_by``; None if that is unknown.
+    _nc_begins: "tuple[int, ...] | None" = None
     # Of which kinds no index may be kept: a model may attend keys that the layer does not hold, because it computes
     # them from what is cached, or because a module stands for several layers.
     nc_never: frozenset[str] = frozenset()
@@ -76,6 +78,13 @@ class KeyIndexMixin:
             seen, keys = self._nc_seen, self.keys
             if seen is None or keys is None or seen[0]() is not keys or seen[1] != _state(keys):
                 self.nc_forget()
+
+    def nc_begin(self, begins: tuple[int, ...] | None) -> None:
+        """Drops the indexes if sequences begin elsewhere than when they were made: pages are counted from there."""
+        if begins is not None:
+            if self._nc_begins not in (None, begins):
+                self.nc_forget()
+            self._nc_begins = begins
 
     def nc_forget(self) -> None:
         """Drops the indexes; attention builds new ones from the keys."""
@@ -165,6 +174,8 @@ class KeyIndexMixin:
         getattr(super(), method)(*arguments)
         for index in self.nc_indexes.values():
             change(index)
+        if method != "crop":  # the rows are others now
+            self._nc_begins = None
         self.nc_settle()
 
     def __reduce__(self) -> tuple[Any, ...]:

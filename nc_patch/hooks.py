@@ -7,7 +7,7 @@ import torch
 
 from nc_patch.cache import NO_CACHE, layer_cache
 from nc_patch.common import UnsupportedModelError, once
-from nc_patch.visibility import BOUNDARIES, is_packed, made_for
+from nc_patch.visibility import BOUNDARIES, begins_by, is_packed, made_for
 
 # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
 IMPLEMENTATION = "nc_sparse"
@@ -82,7 +82,7 @@ def hand_on_mask(
 
     def move() -> torch.Tensor:
         moved: torch.Tensor = mask.to(device)
-        moved._nc_key_length = made_for(mask)  # type: ignore[attr-defined]
+        moved._nc_key_length, moved._nc_begins = made_for(mask), begins_by(mask)  # type: ignore[attr-defined]
         return moved
 
     return args, {**kwargs, "attention_mask": once(mask, ("moved", device), move)}
