@@ -23,6 +23,7 @@ from nc_patch.selections import Dense, Selection
 from nc_patch.visibility import (
     BOUNDARIES,
     Visibility,
+    begins_by,
     is_bidirectional,
     is_packed,
     is_plain_causal,
@@ -128,7 +129,9 @@ def _attention(
         families.check_heads(module, config.laws(layer), query.shape[1])
         budget, budgets = _budgets(patch, visible, Lk, decoding)
         problem = problem._replace(budget=budget)
-    kept = Indexes()
+    kept, begins = Indexes(), begins_by(mask)
+    if held is not None and not compiling:
+        held.nc_begin(begins)
     if patch is not _UNPATCHED and Lk > config.dense_below and not config.is_dense(layer):
         problem, kept = _with_indexes(plan, patch, problem, held if in_place else None)
     result, dense_reason = _run(plan, patch, problem, selection, in_place), plan.dense_reason
@@ -151,7 +154,8 @@ def _attention(
         if repeats and alike:
             backend, _ = backend_of(problem, selection, config.backend)
             run = selection.bound(problem, backend)
-            steps.remember(mask, module, problem, arguments, kept, config=config, run=run, budgets=budgets)
+            fields = {"config": config, "run": run, "budgets": budgets, "begins": begins}
+            steps.remember(mask, module, problem, arguments, kept, **fields)
     return result.output
 
 

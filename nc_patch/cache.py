@@ -50,6 +50,8 @@ class KeyIndexMixin:
     # The keys that the indexes describe, and their state; None where keys have come that no attention has taken in.
     _nc_seen: "tuple[weakref.ref[torch.Tensor], tuple[torch.Size, int | None]] | None" = None
     _nc_updated: frozenset[str] = frozenset()
+    # Where each sequence began when its keys were last attended, see ``visibility.begins_by``; None if that is unknown.
+    _nc_begins: "tuple[int, ...] | None" = None
     # Of which kinds no index may be kept: a model may attend keys that the layer does not hold, because it computes
     # them from what is cached, because a module stands for several layers, or because the cache has offloaded them.
     nc_never: frozenset[str] = frozenset()
@@ -73,6 +75,13 @@ class KeyIndexMixin:
             seen, keys = self._nc_seen, self.keys
             if seen is None or keys is None or seen[0]() is not keys or seen[1] != _state(keys):
                 self.nc_forget()
+
+    def nc_begin(self, begins: tuple[int, ...] | None) -> None:
+        """Drops the indexes if sequences begin elsewhere than when they were made: pages are counted from there."""
+        if begins is not None:
+            if self._nc_begins not in (None, begins):
+                self.nc_forget()
+            self._nc_begins = begins
 
     def nc_forget(self) -> None:
         """Drops the indexes; attention builds new ones from the keys."""
@@ -148,6 +157,8 @@ class KeyIndexMixin:
         getattr(super(), method)(*arguments)
         for index in self.nc_indexes.values():
             change(index)
+        if method != "crop":  # the rows are others now
+            self._nc_begins = None
         self.nc_settle()
 
     def __reduce__(self) -> tuple[Any, ...]:

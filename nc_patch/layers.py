@@ -14,7 +14,7 @@ from nc_patch.config import NCConfig
 from nc_patch.families import check_is_module, mask_builders
 from nc_patch.ops.problem import Problem
 from nc_patch.stats import LayerCounters
-from nc_patch.visibility import BOUNDARIES, is_packed, made_for
+from nc_patch.visibility import BOUNDARIES, begins_by, is_packed, made_for
 
 # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers looks for them in it.
 IMPLEMENTATION = "nc_sparse"
@@ -124,7 +124,7 @@ def hand_on_mask(
 
     def move() -> torch.Tensor:
         moved: torch.Tensor = mask.to(device)
-        moved._nc_key_length = made_for(mask)  # type: ignore[attr-defined]
+        moved._nc_key_length, moved._nc_begins = made_for(mask), begins_by(mask)  # type: ignore[attr-defined]
         return moved
 
     return args, {**kwargs, "attention_mask": once(mask, ("moved", device), move)}

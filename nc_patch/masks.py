@@ -70,31 +70,35 @@ def interval_mask(
     every = position.expand(batch_size, -1)
     found = _probe(mask_function, every, options) if compiling else _derive(mask_function, position)
     visibility: Visibility | None
+    begins = None
     if found is None:
         visibility = runs_of(seen_by_tokens(), kv_length)
     else:
         found = tuple(t.expand(batch_size, q_length) for t in found)
-        visibility = _within_keys(found, position, padding, kv_offset, kv_length)
+        visibility, begins = _within_keys(found, position, padding, kv_offset, kv_length)
     if visibility is None:
         mask = seen(0, q_length)
         mask._nc_function = getattr(mask_function, "__qualname__", repr(mask_function))  # type: ignore[attr-defined]
         return mask
     packed = visibility.pack()
     if not compiling:
-        packed._nc_key_length = kv_length  # type: ignore[attr-defined]
+        packed._nc_key_length, packed._nc_begins = kv_length, begins  # type: ignore[attr-defined]
     return packed
 
 
 def _within_keys(
     found: Starts, position: torch.Tensor, padding: torch.Tensor | None, kv_offset: int, kv_length: int
-) -> Visibility:
-    """Intervals from their start to the query's own position, int64 ``[B, Lq]``, as they lie among a call's keys."""
+) -> tuple[Visibility, tuple[int, ...] | None]:
+    """Intervals from their start to the query's own position, int64 ``[B, Lq]``, as they lie among a call's keys; and
+    where the padding lets rows begin, see ``visibility.begins_by``.
+    """
     start, origin = found
+    begins: tuple[int, ...] | None = ()
     end, order = (position + 1).expand_as(start), None
     offset: int | torch.Tensor = kv_offset
     if padding is not None:
         # Cut to the tokens; a padding query sees nothing.
-        first, stop, whole = _token_run(padding)
+        first, stop, whole, begins = _token_run(padding)
         start, end, origin = torch.maximum(start, first), torch.minimum(end, stop), torch.maximum(origin, first)
         end = torch.where(_is_token(padding, position), end, start)
         if not whole:
@@ -107,7 +111,7 @@ def _within_keys(
             order = keys_first(pad(padding, (0, kv_offset + kv_length - padding.shape[1]))[:, kv_offset:])
     start, end = ((t - offset).clamp(0, kv_length) for t in (start, end))
     visible = torch.stack((torch.minimum(start, end), end), dim=-1)
-    return Visibility(visible.to(torch.int32), (origin - offset).to(torch.int32), order)
+    return Visibility(visible.to(torch.int32), (origin - offset).to(torch.int32), order), begins
 
 
 def _all_keys(
@@ -116,7 +120,7 @@ def _all_keys(
     """Packed intervals of all keys but padding, with the column that says not causal; None where padding has holes."""
     visible = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 1, 2)
     if padding is not None:
-        first, stop, whole = _token_run(padding)
+        first, stop, whole, _ = _token_run(padding)
         if not whole:
             return None
         visible = torch.cat((torch.minimum(first, stop), stop), -1)[:, None].to(torch.int32)
@@ -130,19 +134,22 @@ _HOLES = (
 )
 
 
-def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """First token of each row and the end of its last one, int64 ``[B, 1]``, and whether nothing lies between them.
+def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool, tuple[int, ...] | None]:
+    """First token of each row and the end of its last one, int64 ``[B, 1]``; whether nothing lies between them; and the
+    first ones again as numbers, none where all are 0.
 
     Neither a compiled graph nor a capture can read that: they take it to be so, and a graph stops where it is not.
     """
     index = torch.arange(padding.shape[-1], device=padding.device)
     first = torch.where(padding, index, padding.shape[-1]).amin(-1, keepdim=True)
     stop = torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
-    whole = (padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)).all()
+    count = padding.sum(-1, keepdim=True)
     if torch.compiler.is_compiling() or is_capturing(padding):
-        torch._assert_async(whole, _HOLES)
-        return first, stop, True
-    return first, stop, bool(whole)
+        torch._assert_async((count == (stop - first).clamp(min=0)).all(), _HOLES)
+        return first, stop, True, None
+    rows = torch.cat((first, stop, count), 1).tolist()  # the device is waited for once
+    whole = all(tokens == max(last - begin, 0) for begin, last, tokens in rows)
+    return first, stop, whole, tuple(begin for begin, *_ in rows) if any(begin for begin, *_ in rows) else ()
 
 
 def _refuse_right_padding(padding: torch.Tensor) -> None:

@@ -32,7 +32,7 @@ class Step(NamedTuple):
         arguments: what else the attention function was given, the cache aside.
         kinds: kind, page size and capacity of the key indexes that each layer keeps: to choose by, and of means.
         paged: whether pages are counted from the first index's origin. budgets: of each layer, where they differ.
-        dense_layers: those that attend every key.
+        dense_layers: those that attend every key. begins: of the mask, see ``KeyIndexMixin.nc_begin``.
     """
 
     config: NCConfig
@@ -45,6 +45,7 @@ class Step(NamedTuple):
     paged: bool
     budgets: tuple[torch.Tensor, ...]
     dense_layers: frozenset[int]
+    begins: tuple[int, ...] | None
 
 
 def remember(
@@ -95,6 +96,7 @@ def repeat(
         if budget.shape != shared.budget.shape or (budget.data_ptr() - shared.budget.data_ptr()) & 15:
             return None
     held.nc_compare(key, value)
+    held.nc_begin(step.begins)
     indexes = held.nc_ready(step.kinds, key)
     if indexes is None:
         return None

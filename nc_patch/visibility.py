@@ -76,6 +76,13 @@ def made_for(mask: torch.Tensor) -> int | None:
     return getattr(mask, "_nc_key_length", None)
 
 
+def begins_by(mask: torch.Tensor) -> tuple[int, ...] | None:
+    """Where the tokens of each row begin by the padding that packed intervals were made with: empty where all begin at
+    0, None where that is not known.
+    """
+    return getattr(mask, "_nc_begins", None)
+
+
 def is_plain_causal(visible: torch.Tensor, key_length: int) -> bool:
     """Whether intervals are ``causal_intervals``; reads the device."""
     batch, query_length = visible.shape[:2]

@@ -85,6 +85,31 @@ def test_an_index_that_missed_calls_is_not_trusted(options, static, mode):
     assert_close(*logits)
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@EACH_INDEX
+@torch.no_grad()
+def test_an_index_is_made_anew_where_sequences_begin_elsewhere_than_before(options, static):
+    """Rows that a later mask begins later, or earlier, and a cache that goes on from nothing with other padding."""
+    model, ids, logits = patch_model(tiny_model("llama"), 2.0, 0.5, **options), random_ids(2, 66), []
+    for fresh in (False, True):
+        cache, found = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache(), []
+        for padding, lengths in ((0, [60, 1, 1]), (10, [1, 1]), (3, [1, 1]), (7, [50, 1, 1])):
+            first = int(cache.get_seq_length())
+            if len(lengths) == 3 and first:
+                cache.reset() if static else cache.crop(-first)
+                first = 0
+            for piece in ids[:, first : first + sum(lengths)].split(lengths, 1):
+                first += piece.shape[1]
+                mask = torch.ones(2, first, dtype=torch.long)
+                mask[0, :padding] = 0
+                if fresh:
+                    forget_index(cache)
+                found.append(model(piece, attention_mask=mask, past_key_values=cache).logits[:, -1])
+        assert cache.layers[0].nc_indexes
+        logits.append(torch.stack(found))
+    assert_close(*logits)
+
+
 def _named_in(content):
     """What a pickle names; ``torch.save`` packs it into an archive."""
     if zipfile.is_zipfile(io.BytesIO(content)):
