@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -142,17 +141,3 @@ def test_without_numba_pytorch_runs_and_says_once_what_to_install():
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert "needs Numba (pip install 'nc_patch[cpu]')" in done.stdout, done.stderr[-2000:]
     assert "the CPU kernels need Numba" in done.stderr
-
-
-def test_the_arguments_of_a_kernel_have_a_name_of_their_own_that_is_the_same_in_every_process():
-    """Kernels that different processes have kept on the disk else call each other's functions."""
-    from nc_patch.ops.cpu.launch import Arguments
-
-    names = [Arguments.of(np.dtype([(field, "i8"), ("items", "i8")])).mangling_args for field in ("a", "b", "a")]
-    assert names[0] == names[2] != names[1]
-    script = (
-        "import numpy as np; from nc_patch.ops.cpu.launch import Arguments; Arguments.of(np.dtype([('c', 'i8')])); "
-        "print(Arguments.of(np.dtype([('a', 'i8'), ('items', 'i8')])).mangling_args)"
-    )
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == str(names[0])

@@ -11,6 +11,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +19,55 @@ import numba
 import numpy as np
 import torch
 from numba import carray, types
-from numba.core.datamodel import models, register_default
 
 from nc_patch.common import say_once
-from nc_patch.ops.cpu.vectors import add_to, address_of, call
+from nc_patch.ops.cpu.vectors import add_to, call
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# The first fields of every record, which a launch fills in.
-_HEADER = ("items", "item", "worker", "memory", "scratch", "function")
 
 
-class Arguments(types.Record):
-    """The arguments of a kernel, named in compiled code by what they are.
-
-    A ``types.Record`` is named by a number that another process gives to other arguments: of two kernels that different
-    processes have kept on the disk one would run the other's functions, whose arguments lie elsewhere.
-    """
-
-    @classmethod
-    def of(cls, record: np.dtype[Any]) -> "Arguments":
-        like = numba.from_dtype(record)
-        fields = [(name, {"type": field.type, "offset": field.offset}) for name, field in like.fields.items()]
-        return cls(fields, like.size, like.aligned)
-
-    @property
-    def mangling_args(self) -> tuple[str, tuple[int, ...]]:
-        return type(self).__name__, (int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big"),)
+@functools.cache
+def _sources() -> str:
+    """A digest of the sources of all kernels."""
+    package = Path(__file__).parent.parent.parent
+    found = hashlib.sha256()
+    for path in sorted([*package.glob("ops/cpu/*.py"), *package.glob("selections/**/cpu*.py")]):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
-register_default(Arguments)(models.RecordModel)
+# What kernels may be told. All have one record of it, so that they share compiled functions. The first fields are what
+# a launch fills in. Of tensors ``[B, H, N, ...]`` the record has the address and, as ``name_b``, ``name_h`` and
+# ``name_n``, steps in bytes; of other tensors the address alone.
+_HEADER = ("items", "item", "worker", "memory", "scratch", "function", "here")
+_TENSORS = ("query", "key", "value", "output", "codes", "scales", "mean_key", "mean_value")
+_STEPS = {name: [f"{name}_{step}" for step in "bhn"] for name in _TENSORS}
+_INTEGERS = """
+    visible origin budget budget_b budget_h sinks kind new group heads Lq N D Dv width lse lse_kept attended panels
+    rows first queries sink_keys recent_keys columns slots size room most count mean_count
+    plan blocks law recent samples widest table table_b pages key_block key_row value_block value_row estimates
+    residuals center spread coded bounds bounds_n first_new
+"""
+_FLOATS = ("factor", "scale", "softcap", "per_scale")
+# What is kept on the disk depends on the sources of all kernels, as its key has the record's fields.
+_FIELDS = [*_HEADER, *_TENSORS, *chain(*_STEPS.values()), *_INTEGERS.split(), f"sources_{_sources()}", *_FLOATS]
+_NOTHING = dict.fromkeys(_FIELDS, 0)
+_PACKED = struct.Struct(f"{len(_FIELDS) - len(_FLOATS)}q{len(_FLOATS)}d")
+_ARGUMENTS = types.CPointer(numba.from_dtype(np.dtype([(name, "f8" if name in _FLOATS else "i8") for name in _FIELDS])))
 
 
 class Kernel:
     """A function over items of work, compiled when it is first called and kept on the disk for later processes.
 
     It is given a pointer to a record of the arguments, the number of an item, and the address of scratch memory.
-
-    Args:
-        fields: names of the arguments, ``name:f`` for floats. One called ``name:4`` is a tensor ``[B, H, N, D]``, which
-            gives its address and, as ``name_b``, ``name_h`` and ``name_n``, steps in bytes; other tensors give an
-            address.
     """
 
-    def __init__(self, function: Callable[..., None], fields: str) -> None:
+    def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
-        self._types = dict.fromkeys(_HEADER, "i8")
-        self._tensors = frozenset(field[:-2] for field in fields.split() if field.endswith(":4"))
-        for field in fields.split():
-            name, _, kind = field.partition(":")
-            steps = [f"{name}_{step}" for step in "bhn"] if kind == "4" else []
-            self._types |= {name: "f8" if kind == "f" else "i8"} | dict.fromkeys(steps, "i8")
-        # What is kept on the disk depends on the sources of all kernels, as its key has the record's fields.
-        self._types[f"sources_{_sources()}"] = "i8"
-        self.record = np.dtype(list(self._types.items()))
-        self._packed = struct.Struct("".join("d" if kind == "f8" else "q" for kind in self._types.values()))
 
     @functools.cached_property
     def _address(self) -> int:
-        return _compile(self._function, types.CPointer(Arguments.of(self.record)), types.int64, types.int64)
+        return _compile(self._function, _ARGUMENTS, types.int64, types.int64)
 
     def __call__(self, items: int, floats: int = 0, **arguments: Any) -> None:
         """Runs ``items`` items; each thread has scratch memory of so many floats, which begins at a multiple of 64."""
@@ -84,25 +76,25 @@ class Kernel:
         threads = 1 if os.getpid() != _PROCESS else min(items, torch.get_num_threads())
         scratch = -(-4 * floats // 4096) * 4096 + 64
         memory = torch.empty(threads * scratch, dtype=torch.uint8, device="cpu")
-        values = dict.fromkeys(self._types, 0)
-        for name, value in arguments.items():
-            values[name] = value.data_ptr() if isinstance(value, torch.Tensor) else value or 0
-            if name in self._tensors:
+        record = ctypes.create_string_buffer(_PACKED.size)
+        here = ctypes.addressof(record)
+        launch = {"items": items, "memory": memory, "scratch": scratch, "function": self._address, "here": here}
+        values = _NOTHING.copy()
+        for name, value in (arguments | launch).items():
+            if not isinstance(value, torch.Tensor):
+                values[name] = value or 0
+                continue
+            values[name] = value.data_ptr()
+            if name in _STEPS:
                 size = value.element_size()
-                values |= {f"{name}_{suffix}": step * size for suffix, step in zip("bhn", value.stride(), strict=False)}
-        values |= {"items": items, "memory": memory.data_ptr(), "scratch": scratch, "function": self._address}
-        record = ctypes.create_string_buffer(self._packed.pack(*values.values()))
+                values.update(zip(_STEPS[name], [step * size for step in value.stride()], strict=False))
+        _PACKED.pack_into(record, 0, *values.values())
         run = _gomp_parallel() if threads > 1 else _alone
-        run(_loop(), ctypes.addressof(record), threads, 0)
+        run(_loop(), here, threads, 0)
 
 
 # OpenMP's threads do not live on in a forked process, where a parallel region would wait for them for ever.
 _PROCESS = os.getpid()
-
-
-def kernel(fields: str) -> Callable[[Callable[..., None]], Kernel]:
-    """Decorator that makes a ``Kernel`` of a function of a pointer, an item and scratch memory."""
-    return lambda function: Kernel(function, fields)
 
 
 def _compile(function: Callable[..., None], *arguments: Any) -> int:
@@ -122,30 +114,19 @@ def _compile(function: Callable[..., None], *arguments: Any) -> int:
 
 
 @functools.cache
-def _sources() -> str:
-    """A digest of the sources of all kernels."""
-    package = Path(__file__).parent.parent.parent
-    found = hashlib.sha256()
-    for path in sorted([*package.glob("ops/cpu/*.py"), *package.glob("selections/**/cpu*.py")]):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
-
-
-@functools.cache
 def _loop() -> Any:
     """What a thread of a launch runs."""
-    address = _compile(_run_items, types.CPointer(Arguments.of(Kernel(_run_items, "").record)))
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_compile(_run_items, _ARGUMENTS))
 
 
 def _run_items(pointer):
     """Takes the items that are left, one after the other."""
-    p, at = carray(pointer, 1)[0], address_of(pointer)
-    scratch = (p.memory + add_to(at + _WORKER, 1) * p.scratch + 63) // 64 * 64
-    item = add_to(at + _ITEM, 1)
+    p = carray(pointer, 1)[0]
+    scratch = (p.memory + add_to(p.here + _WORKER, 1) * p.scratch + 63) // 64 * 64
+    item = add_to(p.here + _ITEM, 1)
     while item < p.items:
-        call(p.function, at, item, scratch)
-        item = add_to(at + _ITEM, 1)
+        call(p.function, p.here, item, scratch)
+        item = add_to(p.here + _ITEM, 1)
 
 
 _ITEM, _WORKER = (8 * _HEADER.index(name) for name in ("item", "worker"))

@@ -1,4 +1,4 @@
-"""LLVM's instructions on vectors of 16 floats, as functions of Numba's compiler are made of them.
+"""LLVM's instructions on vectors of 16 or 32 floats, as functions of Numba's compiler are made of them.
 
 Numba has no vectors of its own and vectorises few loops well; what is written here LLVM cuts to what the CPU has. An
 address is an int64.
@@ -6,7 +6,7 @@ address is an int64.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NewType
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -15,15 +15,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-# Whether a vector is one register, of 32; else it takes two or four, of 16 or 32.
+# Columns of a tile, such as the scores of 32 queries: a row of them is one vector too.
+COLUMNS = 32
+# Whether a vector of 16 is one register, of 32; else it takes two or four, of 16 or 32.
 _WIDE = "+avx512f" in (config.CPU_FEATURES or llvm.get_host_cpu_features().flatten())
-# Rows of a tile 32 columns wide whose sums stay in registers.
+# Rows of a tile whose sums stay in registers.
 TILE_ROWS = 8 if _WIDE else 2
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
 _BYTES = {"float": 4, "half": 2, "i8": 1, "i16": 2, "i32": 4}
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+TILE_FLOATS, TILE_INTS = ir.VectorType(F32, COLUMNS), ir.VectorType(I32, COLUMNS)
 
 Builder = Any
 Value = Any
@@ -65,8 +68,14 @@ def _pointer(b: Builder, address: Value, index: Value | int, kind: Any) -> Value
 
 def splat(b: Builder, value: Value, kind: Any = FLOATS) -> Value:
     """A vector of one value."""
-    first = b.insert_element(ir.Constant(kind, ir.Undefined), value, constant(I32, 0))
-    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), constant(INTS, 0))
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = b.insert_element(undefined, value, constant(I32, 0))
+    return b.shuffle_vector(first, undefined, constant(_integers_of(kind), 0))
+
+
+def _integers_of(kind: Any) -> Any:
+    """Vectors of as many int32."""
+    return ir.VectorType(I32, kind.count)
 
 
 def counted_from(b: Builder, first: Value) -> Value:
@@ -76,7 +85,7 @@ def counted_from(b: Builder, first: Value) -> Value:
 
 def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
     """x * y + z of vectors, rounded once."""
-    return call_llvm(b, "llvm.fma.v16f32", FLOATS, (x, y, z))
+    return call_llvm(b, f"llvm.fma.v{x.type.count}f32", x.type, (x, y, z))
 
 
 def _fold(b: Builder, vectors: Sequence[Value], width: int, join: Callable[[Value, Value], Value]) -> Value:
@@ -90,8 +99,8 @@ def _fold(b: Builder, vectors: Sequence[Value], width: int, join: Callable[[Valu
 
 def _folded(b: Builder, vector: Value, join: Callable[[Value, Value], Value]) -> Value:
     """The lanes joined to one, always in the same order."""
-    for width in (8, 4, 2, 1):
-        vector = _fold(b, [vector], width, join)
+    while vector.type.count > 1:
+        vector = _fold(b, [vector], vector.type.count // 2, join)
     return b.extract_element(vector, constant(I32, 0))
 
 
@@ -171,17 +180,18 @@ _TO_INTEGER = 1.5 * 2**23
 
 def exp2(b: Builder, x: Value) -> Value:
     """2 ** x for x below 127; zero from -126 down."""
-    low, to_integer = constant(FLOATS, -126.0), constant(FLOATS, _TO_INTEGER)
+    floats, integers = x.type, _integers_of(x.type)
+    low, to_integer = constant(floats, -126.0), constant(floats, _TO_INTEGER)
     vanishes = b.fcmp_ordered("<", x, low)
     held = b.select(vanishes, low, x)
     shifted = b.fadd(held, to_integer)
     fraction = b.fsub(held, b.fsub(shifted, to_integer))
-    power = constant(FLOATS, _EXP2[-1])
+    power = constant(floats, _EXP2[-1])
     for coefficient in reversed(_EXP2[:-1]):
-        power = fma(b, power, fraction, constant(FLOATS, coefficient))
-    exponent = b.shl(b.bitcast(shifted, INTS), constant(INTS, 23))
-    value = b.bitcast(b.add(b.bitcast(power, INTS), exponent), FLOATS)
-    return b.select(b.fcmp_unordered("uno", x, x), x, b.select(vanishes, ZERO, value))
+        power = fma(b, power, fraction, constant(floats, coefficient))
+    exponent = b.shl(b.bitcast(shifted, integers), constant(integers, 23))
+    value = b.bitcast(b.add(b.bitcast(power, integers), exponent), floats)
+    return b.select(b.fcmp_unordered("uno", x, x), x, b.select(vanishes, constant(floats, 0.0), value))
 
 
 def prefetch(b: Builder, address: Value, size: int) -> None:
@@ -220,25 +230,11 @@ def compress(b: Builder, mask: Value, pairs: Sequence[tuple[Value, Value]], inde
     return count
 
 
-class Int:
-    """An int64, of which addresses are some."""
-
-
-class Float:
-    """A float32."""
-
-
-class Known(int):
-    """An integer that is known when the instructions are written."""
-
-
-class Kind(int):
-    """What elements are: float32 (0), bfloat16 (1) or float16 (2), which is known when the instructions run."""
-
-
-class AnyKind(Kind):
-    """One of these or int8 (3)."""
-
+# What the arguments of an instruction are: an int64, of which addresses are some; a float32; a pair of int64, the
+# address of rows and the bytes from one to the next; and an integer that is known when the instructions are written.
+Int, Float, Rows, Known = NewType("Int", int), NewType("Float", float), NewType("Rows", tuple), NewType("Known", int)
+# What elements are, which is known when the instructions run: float32 (0), bfloat16 (1) or float16 (2); or int8 (3).
+Kind, AnyKind = NewType("Kind", int), NewType("AnyKind", int)
 
 _TYPES = {Int: types.int64, Kind: types.int64, AnyKind: types.int64, Float: types.float32, None: types.void}
 _VARIANTS = {Kind: 3, AnyKind: 4}
@@ -253,21 +249,28 @@ def instruction(write: Callable[..., Any]) -> Any:
     annotations = dict(write.__annotations__)
     result = _TYPES[annotations.pop("return")]
     kinds = list(annotations.values())[1:]
-    known, variants = [kind is Known for kind in kinds], _VARIANTS.get(kinds[-1], 0)
+    variants = _VARIANTS.get(kinds[-1], 0)
+
+    def as_written(context: Any, b: Builder, kind: Any, got: Any, value: Value) -> Any:
+        if kind is Known:
+            return got.literal_value
+        if kind is Rows:
+            parts = zip(cgutils.unpack_tuple(b, value), got.types, strict=True)
+            return [context.cast(b, part, of, types.int64) for part, of in parts]
+        return value
 
     @functools.wraps(write)
     def typing(context: Any, *given: Any) -> Any:
-        literals = [got.literal_value if is_known else None for is_known, got in zip(known, given, strict=True)]
-        wanted = [got if is_known else _TYPES[k] for is_known, got, k in zip(known, given, kinds, strict=True)]
+        wanted = [_TYPES.get(kind, got) for kind, got in zip(kinds, given, strict=True)]
 
         def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            given = [v if x is None else x for v, x in zip(values, literals, strict=True)]
+            given = [as_written(context, builder, *each) for each in zip(kinds, wanted, values, strict=True)]
             found = _by_kind(builder, write, given, variants) if variants else write(builder, *given)
             return context.get_dummy_value() if result is types.void else found
 
         return result(*wanted), lower
 
-    return intrinsic(prefer_literal=any(known))(typing)
+    return intrinsic(prefer_literal=Known in kinds)(typing)
 
 
 def _by_kind(b: Builder, write: Callable[..., Any], given: Sequence[Value], kinds: int) -> Value | None:

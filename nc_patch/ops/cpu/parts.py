@@ -1,6 +1,6 @@
 """What a launch takes of a problem: all of it, or a few heads of one sequence with keys and values in float32.
 
-Keys come as rows, as they are, or in panels: 16 keys side by side, one float of each after the other.
+Keys come as rows, as they are, or in panels: 32 keys side by side, one float of each after the other.
 """
 
 import itertools
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numba import carray
 
-from nc_patch.ops.cpu.launch import KINDS, kernel
-from nc_patch.ops.cpu.llvm import LANES
-from nc_patch.ops.cpu.rows import LOG2E, padded, read_row
+from nc_patch.ops.cpu.launch import KINDS, Kernel
+from nc_patch.ops.cpu.llvm import COLUMNS, LANES
+from nc_patch.ops.cpu.rows import LOG2E, padded, read_row, tiles_in
 from nc_patch.ops.cpu.vectors import f32, fill, set_f32
 from nc_patch.ops.problem import AttentionResult, Problem
 
@@ -21,12 +21,6 @@ from nc_patch.ops.problem import AttentionResult, Problem
 _ROWS = 256
 # Bytes of keys, and as many of values, that are copied at once.
 _MOST_BYTES = 1 << 26
-
-# What a kernel takes of a problem; tensors of four dimensions bring their steps in bytes.
-FIELDS = (
-    "query:4 key:4 value:4 output:4 visible origin budget budget_b budget_h sinks factor:f softcap:f scale:f kind new "
-    "group heads Lq N D Dv width lse lse_kept attended"
-)
 
 
 class Outputs(NamedTuple):
@@ -63,13 +57,8 @@ class Outputs(NamedTuple):
         return AttentionResult(self.output, self.lse, mass, self.attended)
 
 
-def padded_length(length: int) -> int:
-    """A length, rounded up to whole vectors."""
-    return -(-length // LANES) * LANES
-
-
 def arguments_of(problem: Problem, outputs: Outputs) -> dict[str, Any]:
-    """``FIELDS`` of a kernel; keys and values as they are."""
+    """What a kernel takes of a problem; keys and values as they are."""
     query, key, value, budget, sinks = problem.query, problem.key, problem.value, problem.budget, problem.sinks
     return {
         "query": last_dense(query), "key": last_dense(key), "value": last_dense(value), "visible": problem.visible,
@@ -88,8 +77,8 @@ def parts_of(
 ) -> Iterator[tuple[int, slice, dict[str, Any]]]:
     """A few key/value heads of one sequence at a time, so that copies take bounded memory.
 
-    Yields their sequence, which they are, and ``FIELDS`` of a kernel: values ``[1, heads, N, width]`` are float32 with
-    zeros behind Dv up to a multiple of 16; keys too, or see ``in_panels``.
+    Yields their sequence, which they are, and what a kernel takes of them: values ``[1, heads, N, width]`` are float32
+    with zeros behind Dv up to a multiple of 16; keys too, or see ``in_panels``.
     """
     key, value, group = problem.key, problem.value, problem.group
     B, Hkv, N, D = key.shape
@@ -113,20 +102,18 @@ def parts_of(
 
 def as_rows(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     """``[1, H, N, D]`` in float32, D rounded up with zeros to a multiple; the tensor itself where it is like that."""
-    if _is_ready(tensor, multiple):
-        return tensor
-    return _copied(tensor, (tensor.shape[2], padded_length(tensor.shape[3])), False)
+    return tensor if _is_ready(tensor, multiple) else _copied(tensor, tensor.shape[2], padded(tensor.shape[3]))
 
 
 def in_panels(tensor: torch.Tensor) -> torch.Tensor:
-    """Keys ``[1, H, N, D]`` in panels ``[1, H, S + 1, D * 16]``: the last has room alone, keys beyond N are zero."""
-    return _copied(tensor, (-(-tensor.shape[2] // LANES) + 1, tensor.shape[3] * LANES), True)
+    """Keys ``[1, H, N, D]`` in panels ``[1, H, S, D * 32]``; keys beyond N are zero."""
+    return _copied(tensor, tiles_in(tensor.shape[2]), tensor.shape[3] * COLUMNS, panels=True)
 
 
-def _copied(tensor: torch.Tensor, shape: tuple[int, int], panels: bool) -> torch.Tensor:
+def _copied(tensor: torch.Tensor, rows: int, width: int, panels: bool = False) -> torch.Tensor:
     _, H, N, D = tensor.shape
-    target = torch.empty(1, H, *shape, dtype=torch.float32, device="cpu")
-    _copy_kernel(H * -(-N // _ROWS), padded_length(D), source=last_dense(tensor), target=target, N=N, D=D,
+    target = torch.empty(1, H, rows, width, dtype=torch.float32, device="cpu")
+    _copy_kernel(H * -(-N // _ROWS), padded(D), key=last_dense(tensor), output=target, N=N, D=D,
                  kind=KINDS[tensor.dtype], panels=panels)  # fmt: skip
     return target
 
@@ -141,19 +128,19 @@ def _is_ready(tensor: torch.Tensor, multiple: int) -> bool:
     return tensor.dtype == torch.float32 and tensor.stride(3) == 1 and tensor.shape[3] % multiple == 0
 
 
-@kernel("source:4 target:4 N D kind panels")
+@Kernel
 def _copy_kernel(pointer, item, scratch):
     """Converts up to ``_ROWS`` rows of one head; those that the last panel lacks are zero."""
     p = carray(pointer, 1)[0]
     chunks = (p.N + _ROWS - 1) // _ROWS
     head, first = item // chunks, item % chunks * _ROWS
-    source, target = p.source + head * p.source_h, p.target + head * p.target_h
-    for row in range(first, min(first + _ROWS, p.N if p.panels == 0 else padded(p.N))):
+    source, target = p.key + head * p.key_h, p.output + head * p.output_h
+    for row in range(first, min(first + _ROWS, p.N if p.panels == 0 else tiles_in(p.N) * COLUMNS)):
         if p.panels == 0:
-            read_row(target + row * p.target_n, source + row * p.source_n, p.D, p.kind)
+            read_row(target + row * p.output_n, source + row * p.key_n, p.D, p.kind)
             continue
         fill(scratch, padded(p.D), np.float32(0))
         if row < p.N:
-            read_row(scratch, source + row * p.source_n, p.D, p.kind)
+            read_row(scratch, source + row * p.key_n, p.D, p.kind)
         for d in range(p.D):
-            set_f32(target + row // LANES * p.target_n + 64 * d, row % LANES, f32(scratch, d))
+            set_f32(target + row // COLUMNS * p.output_n + 4 * COLUMNS * d, row % COLUMNS, f32(scratch, d))

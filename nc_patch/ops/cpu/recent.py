@@ -4,10 +4,12 @@ import torch
 from numba import carray
 
 from nc_patch.ops.cpu import columns
-from nc_patch.ops.cpu.columns import COLUMNS, add_run
-from nc_patch.ops.cpu.launch import kernel
-from nc_patch.ops.cpu.parts import FIELDS, Outputs, parts_of
-from nc_patch.ops.cpu.tiles import budget_of, leave_gap, row_of, tile_of
+from nc_patch.ops.cpu.columns import PIECE, add_run
+from nc_patch.ops.cpu.launch import Kernel
+from nc_patch.ops.cpu.llvm import COLUMNS
+from nc_patch.ops.cpu.parts import Outputs, parts_of
+from nc_patch.ops.cpu.rows import budget_of, leave_gap, padded, row_in, tile_of
+from nc_patch.ops.cpu.vectors import addresses
 from nc_patch.ops.problem import AttentionResult, Problem
 
 # Rows of an item of work: the keys that a core reads serve all of them.
@@ -27,41 +29,42 @@ def dense_log_sums(problem: Problem) -> torch.Tensor | None:
 def _attend(problem: Problem, first_keys: int) -> Outputs:
     outputs = Outputs.of(problem)
     for _, _, arguments in parts_of(problem, outputs):
-        floats = columns.room_floats(arguments["D"], arguments["width"]) + 2 * (arguments["N"] // columns.PIECE + 4)
+        runs = padded(2 * (arguments["N"] // PIECE + 4))
         items = -(-arguments["Lq"] // _ROWS) * arguments["heads"]
-        _attend_kernel(items, floats, first_keys=first_keys, rows=_ROWS, **arguments)
+        floats = runs + sum(columns.room_of(arguments["D"], arguments["width"]))
+        _attend_kernel(items, floats, sink_keys=first_keys, rows=_ROWS, size=runs, **arguments)
     return outputs
 
 
-@kernel(f"{FIELDS} first_keys rows")
+@Kernel
 def _attend_kernel(pointer, item, scratch):
     """The rows of a tile, up to 32 queries at a time, between whose intervals no key lies: none is read unseen."""
     p = carray(pointer, 1)[0]
     head, first, last = tile_of(p, item)
     rows = last - first
-    pieces = scratch + 4 * columns.room_floats(p.D, p.width)
+    pieces, room = addresses(scratch, (p.size, 0))
     begin = 0
     while begin < p.group * rows:
+        at = columns.columns_at(p, room)
         low, left, right, high, count = p.N, 0, p.N, 0, 0
         while count < COLUMNS and begin + count < p.group * rows:
-            of_head, i, start, end = row_of(p, head, first, rows, begin + count)
-            if leave_gap(low, high, start, end):
+            row = row_in(p, head, first, rows, begin + count)
+            if leave_gap(low, high, row):
                 break
-            budget = min(budget_of(p, 0, of_head, i), end - start)
-            gap = start + min(max(budget - 1, 0), p.first_keys)
-            after = end - (budget - (gap - start))
-            columns.set_limits(scratch, p, count, start, end, gap, after)
-            columns.read_column(p, scratch, count, of_head, i)
+            seen = row.end - row.start
+            budget = min(budget_of(p, row), seen)
+            gap = row.start + min(max(budget - 1, 0), p.sink_keys)
+            after = row.end - (budget - (gap - row.start))
+            columns.set_column(p, at, count, row, gap, after)
             count += 1
-            if end > start:
-                low, left, right, high = min(low, start), max(left, gap), min(right, after), max(high, end)
+            if seen > 0:
+                low, left, right, high = min(low, row.start), max(left, gap), min(right, after), max(high, row.end)
         number = 0
         if low < high:
             number = add_run(pieces, add_run(pieces, 0, low, min(left, right)), min(left, right), left)
             number = add_run(pieces, number, max(left, right), high)
-        columns.pack_queries(p, scratch, count)
-        columns.attend_pieces(p, head, scratch, pieces, number, 0, p.N, count)
+        columns.attend_pieces(p, head, at, pieces, number, 0, p.N, count)
         for column in range(count):
-            of_head, i, start, end = row_of(p, head, first, rows, begin + column)
-            columns.write_column(p, scratch, column, of_head, i, min(end - start, budget_of(p, 0, of_head, i)))
+            row = row_in(p, head, first, rows, begin + column)
+            columns.write_column(p, at, column, row, min(row.end - row.start, budget_of(p, row)))
         begin += count

@@ -1,16 +1,18 @@
-"""Memory, and rows of floats, for compiled code: functions of addresses, of counts that are multiples of 16.
+"""Instructions for compiled code, functions of addresses: memory, rows of floats, tiles of 32 columns, products.
 
-Nothing here reads or writes outside of what it is told.
+Counts of floats are multiples of 16. Nothing here reads or writes outside of what it is told.
 """
 
+import itertools
 from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nc_patch.ops.cpu import llvm as vec
-from nc_patch.ops.cpu.llvm import LANES, Builder, Float, Int, Value, constant, instruction, load, loop, store
+from nc_patch.ops.cpu.llvm import LANES, Builder, Float, Int, Rows, Value, constant, instruction, load, loop, store
 
 # Numbers and memory.
 
@@ -49,9 +51,17 @@ def element_of(b: Builder, address: Int, index: Int, kind: vec.AnyKind) -> Float
 
 
 @intrinsic
-def address_of(context: Any, pointer: Any) -> Any:
-    """The address that a pointer holds."""
-    return types.int64(pointer), lambda context, builder, signature, values: builder.ptrtoint(values[0], vec.I64)
+def addresses(context: Any, room: Any, sizes: Any) -> Any:
+    """The addresses of arrays in memory from ``room`` on, one after the other; ``sizes``: how many floats each has."""
+    found = types.UniTuple(types.int64, len(sizes))
+
+    def lower(context: Any, b: Builder, signature: Any, values: Any) -> Any:
+        at = [values[0]]
+        for size, kind in zip(cgutils.unpack_tuple(b, values[1]), sizes.types, strict=True):
+            at.append(vec.element_at(b, at[-1], context.cast(b, size, kind, types.int64), 4))
+        return context.make_tuple(b, found, at[:-1])
+
+    return found(types.int64, sizes), lower
 
 
 @instruction
@@ -109,13 +119,6 @@ def from_floats(b: Builder, target: Int, source: Int, count: Int, factor: Float,
         store(b, value, target, i)
 
     loop(b, count, LANES, [], body)
-
-
-@instruction
-def scale_row(b: Builder, row: Int, count: Int, factor: Float) -> None:
-    """Multiplies floats by a factor."""
-    times = vec.splat(b, factor)
-    loop(b, count, LANES, [], lambda i: store(b, b.fmul(load(b, row, i), times), row, i))
 
 
 @instruction
@@ -185,3 +188,242 @@ def take_from(
         return [b.add(found, more), *(b.add(p, constant(vec.INTS, LANES)) for p in place)]
 
     return loop(b, count, LANES, [constant(vec.I64, 0), *begin], body)[0]
+
+
+# Tiles: rows of 32 floats, such as the scores of 32 queries, one row for each key.
+
+
+def _row(b: Builder, tile: Value, row: Value | int = 0, kind: Any = vec.TILE_FLOATS) -> Value:
+    return load(b, vec.element_at(b, tile, row, 128), kind=kind)
+
+
+def _set_row(b: Builder, value: Value, tile: Value, row: Value | int = 0) -> None:
+    store(b, value, vec.element_at(b, tile, row, 128))
+
+
+@instruction
+def column_maxima(b: Builder, z: Int, rows: Int, found: Int) -> None:
+    """The largest float of each column and of those at ``found``, NaN where there is one; written there."""
+    body = lambda i, most: [vec.larger_or_nan(b, _row(b, z, i), most)]  # noqa: E731
+    _set_row(b, loop(b, rows, 1, [_row(b, found)], body)[0], found)
+
+
+@instruction
+def column_exponentials(b: Builder, z: Int, rows: Int, shifts: Int, factor: Float, sums: Int) -> None:
+    """Each float becomes ``2 ** ((x - shift) * factor)``; the sums of the columns are added to those at ``sums``.
+
+    They are summed apart first: one running sum over a million keys would lose three digits.
+    """
+    times, minus = vec.splat(b, factor, vec.TILE_FLOATS), _row(b, shifts)
+
+    def body(i: Value, total: Value) -> list[Value]:
+        value = vec.exp2(b, b.fmul(b.fsub(_row(b, z, i), minus), times))
+        _set_row(b, value, z, i)
+        return [b.fadd(total, value)]
+
+    added = loop(b, rows, 1, [constant(vec.TILE_FLOATS, 0.0)], body)[0]
+    _set_row(b, b.fadd(_row(b, sums), added), sums)
+
+
+@instruction
+def largest_product(b: Builder, row: Int, factors: Int, least: Float) -> Float:
+    """The largest of 32 floats times as many factors, and of ``least``; NaN where there is one."""
+    product = b.fmul(_row(b, row), _row(b, factors))
+    most = vec.larger_or_nan(b, product, vec.splat(b, least, vec.TILE_FLOATS))
+    broken = b.bitcast(b.fcmp_unordered("uno", most, most), vec.I32)
+    sound = b.icmp_unsigned("==", broken, constant(vec.I32, 0))
+    return b.select(sound, vec.largest_lane(b, most), constant(vec.F32, float("nan")))
+
+
+@instruction
+def hide_columns(b: Builder, z: Int, rows: Int, first: Int, limits: Int) -> None:
+    """Makes the floats of keys ``first``, ``first + 1``, ... -inf in the columns that do not see or attend them.
+
+    ``limits``: int32 ``[4, 32]``, a column sees the keys from the first up to the second, but for those from the third
+    up to the fourth.
+    """
+    start, end, gap, after = (_row(b, limits, row, vec.TILE_INTS) for row in range(4))
+
+    def body(i: Value) -> None:
+        place = vec.splat(b, b.trunc(b.add(first, i), vec.I32), vec.TILE_INTS)
+        seen = b.and_(b.icmp_signed(">=", place, start), b.icmp_signed("<", place, end))
+        kept = b.or_(b.icmp_signed("<", place, gap), b.icmp_signed(">=", place, after))
+        _set_row(b, b.select(b.and_(seen, kept), _row(b, z, i), constant(vec.TILE_FLOATS, -float("inf"))), z, i)
+
+    loop(b, rows, 1, [], body)
+
+
+# Products.
+
+
+@instruction
+def product(
+    b: Builder, x: Rows, x_next: Int, y: Rows, z: Rows, depth: Int, rows: vec.Known, columns: vec.Known, adds: vec.Known
+) -> None:
+    """The product z ``[rows, columns]`` of x ``[rows, depth]`` and y ``[depth, columns]``.
+
+    Each element is one chain of multiply-adds along the depth. Elements of a row of x lie ``x_next`` bytes apart.
+    ``columns`` are 16 or 32. ``adds`` 1: the whole product is added to z.
+    """
+    kind = ir.VectorType(vec.F32, columns)
+    x_rows, z_rows = ([b.add(at, b.mul(step, constant(vec.I64, r))) for r in range(rows)] for at, step in (x, z))
+
+    def body(k: Value, at: Value, along: Value, *sums: Value) -> list[Value]:
+        row, of_rows = load(b, at, kind=kind), [load(b, b.add(each, along), kind=vec.F32) for each in x_rows]
+        added = [vec.fma(b, vec.splat(b, of, kind), row, total) for of, total in zip(of_rows, sums, strict=True)]
+        return [b.add(at, y[1]), b.add(along, x_next), *added]
+
+    begin = [y[0], constant(vec.I64, 0), *[constant(kind, 0.0)] * rows]
+    for at, value in zip(z_rows, loop(b, depth, 1, begin, body)[2:], strict=True):
+        store(b, b.fadd(load(b, at, kind=kind), value) if adds else value, at)
+
+
+@instruction
+def dot(b: Builder, x: Int, y: Int, count: Int, kind: vec.AnyKind) -> Float:
+    """The dot product of floats and elements of a kind."""
+
+    def body(i: Value, total: Value) -> list[Value]:
+        return [vec.fma(b, load(b, x, i), vec.as_floats(b, y, i, kind), total)]
+
+    return vec.lane_sum(b, loop(b, count, LANES, [vec.ZERO], body)[0])
+
+
+# How many listed rows ahead of their use are asked for.
+_AHEAD = 16
+
+
+def _listed_row(b: Builder, rows: list[Value], places: Value, i: Value, further: int) -> Value:
+    """The address of a listed row, so many places further than the i-th."""
+    place = load(b, places, b.add(i, constant(vec.I64, further)), vec.I32)
+    return b.add(rows[0], b.mul(b.sext(place, vec.I64), rows[1]))
+
+
+@instruction
+def listed_products(
+    b: Builder, x: Int, rows: Rows, places: Int, count: Int, depth: Int, out: Int, kind: vec.Kind
+) -> None:
+    """Dot products of a row of floats and those of ``rows``, of a kind, at ``places``; ``count`` of four.
+
+    They are what ``dot`` gives. Places are read ``_AHEAD + 4`` further than there are any.
+    """
+
+    def body(i: Value) -> None:
+        keys = [_listed_row(b, rows, places, i, k) for k in range(4)]
+        for k in range(4):
+            vec.prefetch(b, _listed_row(b, rows, places, i, _AHEAD + k), 512)
+
+        def add(d: Value, *sums: Value) -> list[Value]:
+            row = load(b, x, d)
+            return [
+                vec.fma(b, row, vec.as_floats(b, key, d, kind), total) for key, total in zip(keys, sums, strict=True)
+            ]
+
+        store(b, vec.four_sums(b, loop(b, depth, LANES, [vec.ZERO] * 4, add)), out, i)
+
+    loop(b, count, 4, [], body)
+
+
+@instruction
+def add_rows(
+    b: Builder, out: Int, weights: Int, places: Int, count: Int, rows: Rows, vectors: vec.Known, kind: vec.Kind
+) -> None:
+    """Adds to ``16 * vectors`` floats those of ``rows`` that are at ``places``, each times its weight.
+
+    ``count`` is a multiple of 4: two sums run side by side, so that one addition need not wait for the one before.
+    Places are read ``_AHEAD`` further than there are any.
+    """
+
+    def body(i: Value, *sums: Value) -> list[Value]:
+        changed = list(sums)
+        for k in range(4):
+            row, later = (_listed_row(b, rows, places, i, k + ahead) for ahead in (0, _AHEAD))
+            vec.prefetch(b, later, 16 * vectors * (4 if kind == 0 else 2))
+            weight = vec.splat(b, load(b, weights, b.add(i, constant(vec.I64, k)), vec.F32))
+            for v in range(vectors):
+                number = k % 2 * vectors + v
+                changed[number] = vec.fma(b, weight, vec.as_floats(b, row, LANES * v, kind), changed[number])
+        return changed
+
+    sums = loop(b, count, 4, [vec.ZERO] * (2 * vectors), body)
+    for v, (one, other) in enumerate(zip(sums[:vectors], sums[vectors:], strict=True)):
+        store(b, b.fadd(load(b, out, LANES * v), b.fadd(one, other)), out, LANES * v)
+
+
+@instruction
+def code_products(b: Builder, x: Rows, codes: Int, count: Int, depth: Int, out: Rows, rows: vec.Known) -> None:
+    """Dot products of 1, 2 or 4 rows of floats with ``count`` rows of int8; that of row r and key j at out[r, j].
+
+    4, 2 or 1 keys are taken at once, and as many products written: the last key stands for those that are not there.
+    """
+    last = b.sub(count, constant(vec.I64, 1))
+
+    def body(j: Value) -> None:
+        numbers = [b.add(j, constant(vec.I64, key)) for key in range(4 // rows)]
+        numbers = [b.select(b.icmp_signed("<", number, last), number, last) for number in numbers]
+        starts = [b.add(codes, b.mul(depth, number)) for number in numbers]
+
+        def add(i: Value, *sums: Value) -> list[Value]:
+            of_keys = [vec.as_floats(b, start, i, 3) for start in starts]
+            of_rows = [load(b, b.add(x[0], b.mul(x[1], constant(vec.I64, r))), i) for r in range(rows)]
+            pairs = itertools.product(of_rows, of_keys)
+            return [vec.fma(b, row, key, total) for (row, key), total in zip(pairs, sums, strict=True)]
+
+        found = vec.four_sums(b, loop(b, depth, LANES, [vec.ZERO] * 4, add))
+        for number in range(4):
+            row, key = divmod(number, 4 // rows)
+            at = b.add(out[0], b.mul(out[1], constant(vec.I64, row)))
+            store(b, b.extract_element(found, constant(vec.I32, number)), at, b.add(j, constant(vec.I64, key)))
+
+    loop(b, count, 4 // rows, [], body)
+
+
+# Bounds of scores by codes. What they follow from is at ``of_query``, four floats: q.center, the norm of the weighted
+# query, how far off a product may be in parts of a key's scale, and rounding.
+
+
+def _of_query(b: Builder, address: Value) -> list[Value]:
+    return [vec.splat(b, load(b, address, number, vec.F32)) for number in range(4)]
+
+
+def _error(b: Builder, scales: Value, residuals: Value, i: Value, norm: Value, per_scale: Value, slack: Value) -> Value:
+    """How far scores by codes may be off, of 16 keys."""
+    of_keys = vec.fma(b, load(b, scales, i), per_scale, load(b, residuals, i))
+    return vec.fma(b, norm, of_keys, slack)
+
+
+@instruction
+def to_lower_bounds(
+    b: Builder, products: Int, row: Int, count: Int, scales: Int, residuals: Int, of_query: Int
+) -> None:
+    """Writes lower bounds of scores from products with codes; -inf where a score is no finite number."""
+    center, *rest = _of_query(b, of_query)
+
+    def body(i: Value) -> None:
+        score = vec.fma(b, load(b, products, i), load(b, scales, i), center)
+        lower = b.fsub(score, _error(b, scales, residuals, i, *rest))
+        size = vec.call_llvm(b, "llvm.fabs.v16f32", vec.FLOATS, [score])
+        finite = b.fcmp_ordered("<", size, constant(vec.FLOATS, float("inf")))
+        store(b, b.select(finite, lower, vec.LOWEST), row, i)
+
+    loop(b, count, LANES, [], body)
+
+
+@instruction
+def take_bounded(
+    b: Builder, row: Int, count: Int, scales: Int, residuals: Int, of_query: Int, threshold: Float, places: Int,
+    first: Int,
+) -> Int:  # fmt: skip
+    """Lists the places, from ``first`` on, of lower bounds whose upper bounds reach a threshold; how many.
+
+    Where the lower bound is -inf the upper one is not known. Up to 16 more places are written.
+    """
+    (_, *rest), least = _of_query(b, of_query), vec.splat(b, threshold)
+
+    def body(i: Value, found: Value, place: Value) -> list[Value]:
+        lower, off = load(b, row, i), _error(b, scales, residuals, i, *rest)
+        unknown = b.fcmp_ordered("==", lower, vec.LOWEST)
+        mask = b.or_(b.fcmp_unordered(">=", b.fadd(lower, b.fadd(off, off)), least), unknown)
+        more = vec.compress(b, mask, [(place, places)], found)
+        return [b.add(found, more), b.add(place, constant(vec.INTS, LANES))]
+
+    return loop(b, count, LANES, [constant(vec.I64, 0), vec.counted_from(b, first)], body)[0]

@@ -6,16 +6,15 @@ Chosen blocks that lie side by side are attended as one run of keys, by 32 queri
 
 import numpy as np
 from numba import carray
+from numba.extending import register_jitable
 
-from nc_patch.ops.cpu import columns
-from nc_patch.ops.cpu.columns import COLUMNS, PIECE, add_run
-from nc_patch.ops.cpu.launch import kernel
-from nc_patch.ops.cpu.llvm import LANES
-from nc_patch.ops.cpu.parts import FIELDS, Outputs, padded_length, parts_of
-from nc_patch.ops.cpu.products import column_exponentials, column_maxima, largest_product
+from nc_patch.ops.cpu import columns, vectors
+from nc_patch.ops.cpu.columns import PIECE, add_run
+from nc_patch.ops.cpu.launch import Kernel
+from nc_patch.ops.cpu.llvm import COLUMNS, LANES
+from nc_patch.ops.cpu.parts import Outputs, parts_of
 from nc_patch.ops.cpu.recent import dense_log_sums
-from nc_patch.ops.cpu.rows import INF, best_of, compiled, padded
-from nc_patch.ops.cpu.tiles import row_of
+from nc_patch.ops.cpu.rows import INF, SAMPLED, best_of, compiled, padded, row_in, row_of
 from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockOptions, PlannedBlock, plan_of
@@ -30,40 +29,41 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
     if bool((plan.owner < 0).any()):
         outputs.output.zero_()
     counts = [sum(block.batch == b for block in plan.listed) for b in range(len(problem.query))]
-    widest = padded_length(max((block.width for block in plan.listed), default=0)) + 2 * LANES
-    runs = plan.capacity + problem.key.shape[2] // PIECE + 8
+    widest = padded(max((block.width for block in plan.listed), default=0)) + 2 * LANES
+    runs = padded(2 * (plan.capacity + problem.key.shape[2] // PIECE + 8))
     for b, heads, arguments in parts_of(problem, outputs):
         first = sum(counts[:b])
-        floats = columns.room_floats(arguments["D"], arguments["width"]) + (COLUMNS + 5) * widest + 512 + 2 * runs
+        floats = sum(_room_of(widest, runs)) + sum(columns.room_of(arguments["D"], arguments["width"]))
         _attend_kernel(
-            counts[b] * arguments["heads"], floats, table=plan.table[first:], blocks=counts[b], size=options.size,
+            counts[b] * arguments["heads"], floats, plan=plan.table[first:], blocks=counts[b], size=options.size,
             law=plan.law[first:, heads].contiguous(), recent=plan.recent[first:, heads].contiguous(),
-            samples=plan.samples, widest=widest, **arguments,
+            samples=plan.samples, widest=widest, count=runs, **arguments,
         )  # fmt: skip
     return outputs.result(problem, dense_log_sums(problem))
 
 
-@kernel(f"{FIELDS} table blocks size law recent samples widest")
+@register_jitable
+def _room_of(widest, runs):
+    """Floats of a query block: the chosen runs of keys; of key blocks logits, weights, those chosen; a sample."""
+    return runs, COLUMNS * widest, widest, widest, widest, SAMPLED, 0
+
+
+@Kernel
 def _attend_kernel(pointer, item, scratch):
     """One query block of one head; the last ones, which see most keys, come first."""
     p = carray(pointer, 1)[0]
     head, number = item % p.heads, p.blocks - 1 - item // p.heads
-    block = p.table + 4 * PLAN_COLUMNS * number
+    block = p.plan + 4 * PLAN_COLUMNS * number
     first, rows = i32(block, _FIRST), i32(block, _LAST) - i32(block, _FIRST)
     begin, lowest, width = i32(block, _BEGIN), i32(block, _LOWEST), i32(block, _WIDTH)
     law, recent = i32(p.law, number * p.heads + head), i32(p.recent, number * p.heads + head)
-    logits = scratch + 4 * columns.room_floats(p.D, p.width)
-    weights = logits + 4 * COLUMNS * p.widest
-    values = weights + 4 * p.widest
-    chosen = values + 4 * p.widest
-    sample = chosen + 4 * p.widest
-    pieces = sample + 4 * 512
+    pieces, logits, weights, values, chosen, sample, room = vectors.addresses(scratch, _room_of(p.widest, p.count))
     start = begin + lowest * p.size
     number_of = 0
     if law >= width:
         number_of = add_run(pieces, 0, max(start, 0), min(start + width * p.size, p.N))
     else:
-        _weigh(p, head, scratch, block, logits, weights)
+        _weigh(p, head, room, block, logits, weights)
         others = law - (width - recent + (1 if recent > 0 else 0))
         if recent > 0:
             number_of = add_run(pieces, 0, max(start, 0), start + p.size)
@@ -74,21 +74,19 @@ def _attend_kernel(pointer, item, scratch):
                 number_of = add_run(pieces, number_of, at, at + p.size)
         number_of = add_run(pieces, number_of, max(start + recent * p.size, 0), min(start + width * p.size, p.N))
     for r in range(0, p.group * rows, COLUMNS):
+        at = columns.columns_at(p, room)
         count, low, high = min(COLUMNS, p.group * rows - r), p.N, 0
         for column in range(count):
-            of_head, i, seen_from, seen_to = row_of(p, head, first, rows, r + column)
-            columns.set_limits(scratch, p, column, seen_from, seen_to, 0, 0)
-            columns.read_column(p, scratch, column, of_head, i)
-            low, high = min(low, seen_from), max(high, seen_to)
-        columns.pack_queries(p, scratch, count)
-        columns.attend_pieces(p, head, scratch, pieces, number_of, low, high, count)
+            row = row_in(p, head, first, rows, r + column)
+            columns.set_column(p, at, column, row, 0, 0)
+            low, high = min(low, row.start), max(high, row.end)
+        columns.attend_pieces(p, head, at, pieces, number_of, low, high, count)
         for column in range(count):
-            of_head, i, seen_from, seen_to = row_of(p, head, first, rows, r + column)
-            keys = 0
+            row, keys = row_in(p, head, first, rows, r + column), 0
             for piece in range(number_of):
-                keys += max(min(i32(pieces, 2 * piece + 1), seen_to) - max(i32(pieces, 2 * piece), seen_from), 0)
-            columns.write_column(p, scratch, column, of_head, i, keys)
-            set_i32(p.attended, of_head * p.Lq + i, keys)
+                keys += max(min(i32(pieces, 2 * piece + 1), row.end) - max(i32(pieces, 2 * piece), row.start), 0)
+            columns.write_column(p, at, column, row, keys)
+            set_i32(p.attended, row.number, keys)
 
 
 @compiled
@@ -96,33 +94,30 @@ def _weigh(p, head, room, block, logits, weights):
     """Writes the weight of every key block: its largest share of any sampled query of the group."""
     width, samples = i32(block, _WIDTH), i32(block, _SAMPLES)
     start = i32(block, _BEGIN) + i32(block, _LOWEST) * p.size
-    _, limits, scores, _, maxima, sums, shifts, _ = columns.addresses_of(p, room)
     fill(weights, padded(width), np.float32(0))
     at_once = PIECE // p.size
     for r in range(0, p.group * samples, COLUMNS):
-        count = min(COLUMNS, p.group * samples - r)
+        at, count = columns.columns_at(p, room), min(COLUMNS, p.group * samples - r)
         for column in range(count):
             i = i32(p.samples, i32(block, _FIRST_SAMPLE) + (r + column) % samples)
-            columns.set_limits(room, p, column, i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1), 0, 0)
-            columns.read_column(p, room, column, head * p.group + (r + column) // samples, i)
-        columns.pack_queries(p, room, count)
-        clear = columns.clear_run(limits, count)
+            columns.set_column(p, at, column, row_of(p, 0, head * p.group + (r + column) // samples, i), 0, 0)
+        clear = columns.clear_run(at, count)
         fill(logits, COLUMNS * width, -INF)
-        fill(maxima, COLUMNS, -INF)
-        fill(sums, COLUMNS, np.float32(0))
+        fill(at.maxima, COLUMNS, -INF)
+        fill(at.sums, COLUMNS, np.float32(0))
         for j in range(0, width, at_once):
             first = start + j * p.size
             last = min(first + at_once * p.size, start + width * p.size)
             from_key, to_key = max(first, 0), min(last, p.N)
-            columns.score_keys(p, head, room, scores, from_key, to_key, clear)
+            columns.score_keys(p, head, at, at.scores, from_key, to_key, clear)
             for k in range(j, min(j + at_once, width)):
                 key = max(start + k * p.size, 0)
                 keys = min(start + (k + 1) * p.size, p.N) - key
-                column_maxima(scores + (key - from_key) * 128, keys, logits + 128 * k)
-        column_maxima(logits, width, maxima)
-        columns.set_shifts(maxima, shifts)
-        column_exponentials(logits, width, shifts, np.float32(p.factor), sums)
+                vectors.column_maxima(at.scores + (key - from_key) * 4 * COLUMNS, keys, logits + 4 * COLUMNS * k)
+        vectors.column_maxima(logits, width, at.maxima)
+        columns.set_shifts(at)
+        vectors.column_exponentials(logits, width, at.shifts, np.float32(p.factor), at.sums)
         for column in range(COLUMNS):
-            set_f32(sums, column, np.float32(1.0 / f32(sums, column)) if column < count else np.float32(0))
+            set_f32(at.sums, column, np.float32(1.0 / f32(at.sums, column)) if column < count else np.float32(0))
         for k in range(width):
-            set_f32(weights, k, largest_product(logits + 128 * k, sums, f32(weights, k)))
+            set_f32(weights, k, vectors.largest_product(logits + 4 * COLUMNS * k, at.sums, f32(weights, k)))

@@ -13,24 +13,20 @@ import math
 import numpy as np
 import torch
 from numba import carray
+from numba.extending import register_jitable
 
 from nc_patch.common import LARGEST_INTEGER
-from nc_patch.ops.cpu.launch import KINDS, kernel
+from nc_patch.ops.cpu import rows as of_rows
+from nc_patch.ops.cpu import vectors
+from nc_patch.ops.cpu.launch import KINDS, Kernel
 from nc_patch.ops.cpu.llvm import LANES
-from nc_patch.ops.cpu.parts import FIELDS, Outputs, arguments_of, last_dense, padded_length
-from nc_patch.ops.cpu.products import code_products
+from nc_patch.ops.cpu.parts import Outputs, arguments_of, last_dense
 from nc_patch.ops.cpu.recent import dense_log_sums
-from nc_patch.ops.cpu.rows import INF, LOG2E, best_of, compiled, dot_row, element_of, pad_row, padded
-from nc_patch.ops.cpu.softmax import add_listed, cap, score_listed, softmax_row
-from nc_patch.ops.cpu.tiles import budget_of, read_query, write_output
-from nc_patch.ops.cpu.vectors import ask_for, exponentials, f32, fill, i32, largest, set_f32, set_i8, set_i32
+from nc_patch.ops.cpu.rows import INF, LOG2E, Row, cap, compiled, pad_row, padded, read_query, score_listed
+from nc_patch.ops.cpu.vectors import code_products, exponentials, f32, fill, i32, largest, set_f32, set_i8, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics
 
-_FIELDS = (
-    f"{FIELDS} codes:4 scales:4 room estimates columns most size table table_b pages key_block key_row value_block "
-    "value_row"
-)
 # Pages of an item of the first launch.
 _PAGES = 64
 # How many pages ahead of their use those of a table are asked for.
@@ -55,15 +51,14 @@ def cpu_block_decode(problem: Problem) -> AttentionResult:
     else:
         N = key.shape[2]
         span = max(N, int((problem.visible[..., 1] - problem.origin).max())) if B * Lq else 0
-    columns = padded_length(span // size + 2) + LANES
+    columns = padded(span // size + 2) + 2 * LANES
     estimates = torch.empty(B * Hq * Lq, 2 * columns, dtype=torch.float32, device="cpu")
     most = min(N, -(-problem.most // size) * size + 2 * size if problem.most else N) + 2 * LANES
     arguments |= {"codes": codes, "scales": scales, "estimates": estimates, "columns": columns, "most": most,
-                  "size": size, "N": N}  # fmt: skip
-    floats = max(8 * padded_length(D) + 12 * LANES, size * D + 4 * padded_length(D))
+                  "size": size, "N": N, "queries": Lq}  # fmt: skip
+    floats = max(8 * padded(D) + LANES, size * D + 4 * padded(D))
     _estimate_kernel(B * key.shape[1] * -(-(N // size + 2) // _PAGES), floats, **arguments)
-    floats = 2 * most + 4 * columns + sum(map(padded_length, problem.head_dims)) + size + 512 + 2 * LANES
-    _attend_kernel(B * Hq * Lq, floats, **arguments)
+    _attend_kernel(B * Hq * Lq, sum(_room_of(most, columns, size, *problem.head_dims)), **arguments)
     return outputs.result(problem, dense_log_sums(problem))
 
 
@@ -109,7 +104,7 @@ def _summarize(key: torch.Tensor, statistics: PageStatistics, pages: torch.Tenso
     )  # fmt: skip
 
 
-@kernel("key:4 pages codes:4 scales:4 count heads D kind size")
+@Kernel
 def _summarize_kernel(pointer, item, scratch):
     """Some pages, for one head."""
     p = carray(pointer, 1)[0]
@@ -118,13 +113,6 @@ def _summarize_kernel(pointer, item, scratch):
         block, begin, page = i32(p.pages, 3 * j), i32(p.pages, 3 * j + 1), i32(p.pages, 3 * j + 2)
         keys = p.key + block * p.key_b + head * p.key_h
         summarize_page(p, keys, begin, *_statistics_at(p, block, head, page), scratch)
-
-
-@compiled
-def _statistics_at(p, block, head, page):
-    """The addresses of a page's codes and scales: of a block of memory, or of a sequence."""
-    at = p.codes + block * p.codes_b + head * p.codes_h + page * p.codes_n
-    return at, p.scales + block * p.scales_b + head * p.scales_h + page * p.scales_n
 
 
 @compiled
@@ -137,16 +125,25 @@ def _page_at(p, batch, page):
 
 
 @compiled
-def _interval(p, batch, i):
-    """Start and end of what a query sees, and where its sequence begins."""
-    at = batch * p.Lq + i
+def _statistics_at(p, batch, head, page):
+    """The addresses of a page's codes and scales."""
+    block, number = _page_at(p, batch, page)
+    at = p.codes + block * p.codes_b + head * p.codes_h + number * p.codes_n
+    return at, p.scales + block * p.scales_b + head * p.scales_h + number * p.scales_n
+
+
+@compiled
+def _row_of(p, batch, head, i):
+    """The row of a head and a position, which sees only what there is of its sequence."""
     if p.table != 0:
-        return np.int64(0), max(min(i32(p.visible, at), p.N), 0), np.int64(0)
-    begin = i32(p.origin, at)
-    return max(i32(p.visible, 2 * at), begin, 0), min(i32(p.visible, 2 * at + 1), p.N), begin
+        zero = np.int64(0)
+        length = max(min(i32(p.visible, batch), p.N), 0)
+        return Row(batch, head, zero, batch * p.heads * p.group + head, zero, length, zero)
+    row = of_rows.row_of(p, batch, head, i)
+    return Row(batch, head, i, row.number, max(row.start, row.origin, 0), min(row.end, p.N), row.origin)
 
 
-@kernel(_FIELDS)
+@Kernel
 def _estimate_kernel(pointer, item, scratch):
     """A run of pages of one head: those that have become whole are summarised, and all are estimated."""
     p = carray(pointer, 1)[0]
@@ -155,7 +152,7 @@ def _estimate_kernel(pointer, item, scratch):
     batch, kv_head = head // p.heads, head % p.heads
     end = 0
     for i in range(p.Lq):
-        end = max(end, _interval(p, batch, i)[1])
+        end = max(end, _row_of(p, batch, 0, i).end)
     begin = i32(p.origin, batch * p.Lq + p.Lq - 1)
     keys = p.key + batch * p.key_b + kv_head * p.key_h
     if p.new > 0:
@@ -163,42 +160,40 @@ def _estimate_kernel(pointer, item, scratch):
             if page < p.room:
                 summarize_page(p, keys, begin + page * p.size, *_statistics_at(p, batch, kv_head, page), scratch)
     step = 4 * padded(p.D)
-    x, squares, found = scratch, scratch + 4 * step, scratch + 8 * step
+    x, squares, found = vectors.addresses(scratch, (step, step, 0))
     rows = p.group * p.Lq
     for r0 in range(0, rows, 4):
         many, low, high = min(4, rows - r0), first + _PAGES, first
-        fill(x, 8 * padded(p.D), np.float32(0))
+        fill(x, 2 * step, np.float32(0))
         for r in range(many):
-            of_head, i = kv_head * p.group + (r0 + r) // p.Lq, (r0 + r) % p.Lq
-            start, stop, its_begin = _interval(p, batch, i)
-            if stop > start:
-                low, high = min(low, (start - its_begin) // p.size), max(high, (stop - 1 - its_begin) // p.size)
-            read_query(p, x + r * step, batch, of_head, i)
+            row = _row_of(p, batch, kv_head * p.group + (r0 + r) // p.Lq, (r0 + r) % p.Lq)
+            if row.end > row.start:
+                low = min(low, (row.start - row.origin) // p.size)
+                high = max(high, (row.end - 1 - row.origin) // p.size)
+            read_query(p, x + r * step, row)
             for d in range(p.D):
                 scaled = f32(x + r * step, d) * np.float32(p.scale)
                 set_f32(x + r * step, d, scaled)
                 set_f32(squares + r * step, d, np.float32(0.5) * scaled * scaled)
         for page in range(max(first, low), min(first + _PAGES, high, p.room)):
             if p.table != 0 and page + _AHEAD < min(first + _PAGES, high):
-                block, number = _page_at(p, batch, page + _AHEAD)
-                ask_for(_statistics_at(p, block, kv_head, number)[0])
-            block, number = _page_at(p, batch, page)
-            first_codes, scales = _statistics_at(p, block, kv_head, number)
-            for vector in range(VECTORS):
-                codes = first_codes + vector * p.D
-                weighted = squares if vector == 2 else x
-                if p.D % LANES == 0:
-                    code_products(weighted, step, codes, 1, p.D, found + 64 * vector, 16, 4)
-                else:
-                    for r in range(4):
-                        set_f32(found + 64 * vector, 4 * r, dot_row(weighted + r * step, codes, p.D, 3))
+                vectors.ask_for(_statistics_at(p, batch, kv_head, page + _AHEAD)[0])
+            codes, scales = _statistics_at(p, batch, kv_head, page)
+            # Products of row r with the key apart, the mean and the variance are at found[4 * r:].
+            if p.D % LANES == 0:
+                code_products((x, step), codes, 2, p.D, (found, 16), 4)
+                code_products((squares, step), codes + 2 * p.D, 1, p.D, (found + 8, 16), 4)
+            else:
+                for r in range(4):
+                    for vector in range(VECTORS):
+                        weighted = (squares if vector == 2 else x) + r * step
+                        product = of_rows.dot_row(weighted, codes + vector * p.D, p.D, 3)
+                        set_f32(found, 4 * r + vector, product)
             apart, mean, spread = f32(scales, 0), f32(scales, 1), f32(scales, 2)
             for r in range(many):
-                of_head, i = kv_head * p.group + (r0 + r) // p.Lq, (r0 + r) % p.Lq
-                at = p.estimates + 8 * p.columns * ((batch * p.heads * p.group + of_head) * p.Lq + i)
-                set_f32(at, page, f32(found, 4 * r) * apart)
-                others = f32(found + 64, 4 * r) * mean + f32(found + 128, 4 * r) * spread * spread
-                set_f32(at, p.columns + page, others)
+                at, of_row = p.estimates + 8 * p.columns * (head * rows + r0 + r), found + 16 * r
+                set_f32(at, page, f32(of_row, 0) * apart)
+                set_f32(at, p.columns + page, f32(of_row, 1) * mean + f32(of_row, 2) * spread * spread)
 
 
 @compiled
@@ -211,7 +206,7 @@ def summarize_page(p, keys, first, codes, scales, room):
     for j in range(max(-first, 0), p.size):
         row = room + count * step
         for d in range(p.D):
-            value = element_of(keys + (first + j) * p.key_n, d, p.kind)
+            value = vectors.element_of(keys + (first + j) * p.key_n, d, p.kind)
             set_f32(row, d, value)
             sound = sound and abs(value) < INF
             most = max(most, abs(value))
@@ -263,101 +258,93 @@ def summarize_page(p, keys, first, codes, scales, room):
         set_f32(scales, vector, (np.float32(math.sqrt(scale)) if vector == 2 else scale) * unit)
 
 
-@kernel(_FIELDS)
+@register_jitable
+def _room_of(most, columns, size, D, Dv):
+    """Floats of a query: scores, places, itself, its output; weights of pages, those chosen, estimates; a sample."""
+    return most, most, padded(D), padded(Dv), columns, columns, 2 * columns + padded(size), of_rows.SAMPLED
+
+
+@Kernel
 def _attend_kernel(pointer, item, scratch):
     """One query of one head: the pages of its group, and softmax times value over their keys."""
     p = carray(pointer, 1)[0]
-    i, of_head = item % p.Lq, item // p.Lq % (p.heads * p.group)
-    batch = item // p.Lq // (p.heads * p.group)
-    kv_head, at = of_head // p.group, (batch * p.heads * p.group + of_head) * p.Lq + i
-    scores, places = scratch, scratch + 4 * p.most
-    weights = places + 4 * p.most
-    x = weights + 16 * p.columns
-    out = x + 4 * padded(p.D)
-    own_scores = out + 4 * padded(p.Dv)
-    sample = own_scores + 4 * padded(p.size)
-    start, end, begin = _interval(p, batch, i)
+    row = _row_of(p, *of_rows.decoded(p, item))
+    kv_head = row.head // p.group
+    room = _room_of(p.most, p.columns, p.size, p.D, p.Dv)
+    scores, places, x, out, weights, chosen, estimates, sample = vectors.addresses(scratch, room)
     fill(out, padded(p.Dv), np.float32(0))
     inverse = np.float32(1)
-    if end > start:
-        seen, budget = (start, end, begin), 0
+    if row.end > row.start:
+        budget = 0
         for g in range(p.group):
-            budget = max(budget, budget_of(p, batch, kv_head * p.group + g, i))
-        pages = (end - 1 - begin) // p.size + 1 - (start - begin) // p.size
+            budget = max(budget, of_rows.budget_of(p, _row_of(p, row.batch, kv_head * p.group + g, row.i)))
+        pages = (row.end - 1 - row.origin) // p.size + 1 - (row.start - row.origin) // p.size
         count = pages
-        if budget < end - start:
+        if budget < row.end - row.start:
             count = min(max((budget + p.size - 1) // p.size, 2), pages)
         keys, values = p.key + kv_head * p.key_h, p.value + kv_head * p.value_h
         if p.table == 0:
-            keys, values = keys + batch * p.key_b, values + batch * p.value_b
-        chosen = weights + 8 * p.columns
+            keys, values = keys + row.batch * p.key_b, values + row.batch * p.value_b
         if count < pages:
             set_i32(chosen, 0, pages - 1)
-            own = _list_places(p, batch, seen, chosen, 1, p.key_block, p.key_row, places)
-            _weigh_pages(p, batch, kv_head, i, keys, seen, x, (places, own, own_scores), weights)
+            own = _list_places(p, row, chosen, 1, p.key_block, p.key_row, places)
+            _weigh_pages(p, row, keys, places, own, x, estimates, weights)
         for j in range(count):
             set_i32(chosen, j, j)
         if count < pages:
             if count > 2:
-                best_of(weights + 4, pages - 2, count - 2, 1, weights + 4 * p.columns, chosen + 4, sample)
+                of_rows.best_of(weights + 4, pages - 2, count - 2, 1, estimates, chosen + 4, sample)
             set_i32(chosen, count - 1, pages - 1)
-        taken = _list_places(p, batch, seen, chosen, count, p.key_block, p.key_row, places)
-        read_query(p, x, batch, of_head, i)
+        taken = _list_places(p, row, chosen, count, p.key_block, p.key_row, places)
+        read_query(p, x, row)
         score_listed(p, x, keys, places, taken, scores)
-        cap(scores, taken, p.scale, p.softcap)
-        pad_row(scores, taken, -INF)
         if p.value_block != p.key_block or p.value_row != p.key_row:
-            _list_places(p, batch, seen, chosen, count, p.value_block, p.value_row, places)
-        for j in range(taken, padded(taken)):
-            set_i32(places, j, i32(places, 0))
-        inverse = softmax_row(p, scores, taken, 0, 0, 0, of_head, at)
-        add_listed(out, p.Dv, scores, places, padded(taken), values, p.value_n, p.kind)
-        set_i32(p.attended, at, taken)
-    write_output(p, batch, of_head, i, out, inverse, sample)
+            _list_places(p, row, chosen, count, p.value_block, p.value_row, places)
+        of_rows.fill_up(p, scores, places, taken)
+        inverse = of_rows.softmax_row(p, row, scores, taken, 0, 0, 0)
+        of_rows.add_listed(out, p.Dv, scores, places, padded(taken), (values, p.value_n), p.kind)
+        set_i32(p.attended, row.number, taken)
+    of_rows.write_output(p, row, out, inverse, sample)
 
 
 @compiled
-def _list_places(p, batch, seen, chosen, count, of_block, of_row, places):
+def _list_places(p, row, chosen, count, of_block, of_row, places):
     """Lists the places of the visible keys of chosen pages, which count from the first visible one; how many."""
-    start, end, begin = seen
-    low, taken = (start - begin) // p.size, 0
+    low, taken = (row.start - row.origin) // p.size, 0
     for j in range(count):
         page = low + i32(chosen, j)
-        block, number = _page_at(p, batch, page)
-        first, place = begin + page * p.size, block * of_block + (begin + number * p.size) * of_row
-        for position in range(max(first, start), min(first + p.size, end)):
+        block, number = _page_at(p, row.batch, page)
+        first, place = row.origin + page * p.size, block * of_block + (row.origin + number * p.size) * of_row
+        for position in range(max(first, row.start), min(first + p.size, row.end)):
             set_i32(places, taken, place + (position - first) * of_row)
             taken += 1
     return taken
 
 
 @compiled
-def _weigh_pages(p, batch, kv_head, i, keys, seen, x, own_keys, weights):
+def _weigh_pages(p, row, keys, places, own, x, room, weights):
     """Writes the weight of each page from the first visible one up to the query's own: its share, over all heads.
 
-    Three times as much room follows the weights. ``own_keys`` are the places of those of the own page, how many, and
-    room for their scores.
+    ``places`` are those of the ``own`` keys of the query's page. ``room`` is for scores: two of each page, which are
+    estimated, and those of the own keys.
     """
-    start, end, begin = seen
-    places, own, own_scores = own_keys
-    low = (start - begin) // p.size
-    pages = (end - 1 - begin) // p.size - low
-    far, rest = weights + 4 * p.columns, weights + 8 * p.columns
-    in_first = begin + (low + 1) * p.size - start
-    fill(weights, padded(pages), np.float32(0))
+    low = (row.start - row.origin) // p.size
+    pages = (row.end - 1 - row.origin) // p.size - low
+    whole, factor = padded(pages), np.float32(LOG2E)
+    far, rest, own_scores = vectors.addresses(room, (whole, whole, own))
+    in_first = row.origin + (low + 1) * p.size - row.start
+    fill(weights, whole, np.float32(0))
     for g in range(p.group):
-        of_head = kv_head * p.group + g
-        read_query(p, x, batch, of_head, i)
+        of_head = _row_of(p, row.batch, row.head // p.group * p.group + g, row.i)
+        read_query(p, x, of_head)
         score_listed(p, x, keys, places, own, own_scores)
         for j in range(own):
             set_f32(own_scores, j, f32(own_scores, j) * np.float32(p.scale))
-        at = p.estimates + 8 * p.columns * ((batch * p.heads * p.group + of_head) * p.Lq + i)
+        at = p.estimates + 8 * p.columns * of_head.number
         for j in range(pages):
             set_f32(far, j, f32(at, low + j))
             set_f32(rest, j, f32(at, p.columns + low + j))
-        cap(own_scores, own, 1.0, p.softcap)
-        cap(far, pages, 1.0, p.softcap)
-        cap(rest, pages, 1.0, p.softcap)
+        cap(far, 2 * whole + own, 1.0, p.softcap)
         for j in range(pages):
             # What is no number, or infinite, outweighs all others, and has no part in the softmax.
             if not (f32(far, j) < INF and f32(rest, j) < INF):
@@ -370,16 +357,14 @@ def _weigh_pages(p, batch, kv_head, i, keys, seen, x, own_keys, weights):
         for j in range(own):
             is_sound = is_sound and f32(own_scores, j) < INF
         count_own = padded(own) if is_sound else 0
-        pad_row(own_scores, own, -INF)
         pad_row(far, pages, -INF)
         pad_row(rest, pages, -INF)
-        most = max(largest(far, padded(pages)), largest(rest, padded(pages)), largest(own_scores, count_own))
+        pad_row(own_scores, own, -INF)
+        most = largest(far, 2 * whole + count_own)
         if not most > -INF:
             continue
-        factor = np.float32(LOG2E)
         total = exponentials(own_scores, count_own, most, factor)
-        exponentials(far, padded(pages), most, factor)
-        exponentials(rest, padded(pages), most, factor)
+        exponentials(far, 2 * whole, most, factor)
         for j in range(pages):
             others = np.float32((in_first if j == 0 else p.size) - 1)
             value = f32(far, j) + f32(rest, j) * others

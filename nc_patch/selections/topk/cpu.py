@@ -7,124 +7,184 @@ over the tile. Where all rows of a tile attend all that they see, their weights 
 
 import numpy as np
 from numba import carray
+from numba.extending import register_jitable
 
-from nc_patch.ops.cpu.launch import kernel
-from nc_patch.ops.cpu.llvm import LANES, TILE_ROWS
-from nc_patch.ops.cpu.parts import FIELDS, Outputs, as_rows, in_panels, padded_length, parts_of
+from nc_patch.ops.cpu import rows as of_rows
+from nc_patch.ops.cpu.launch import Kernel
+from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
+from nc_patch.ops.cpu.parts import Outputs, as_rows, in_panels, parts_of
 from nc_patch.ops.cpu.recent import dense_log_sums
-from nc_patch.ops.cpu.rows import INF, compiled, fill_outside, padded
-from nc_patch.ops.cpu.softmax import add_listed, cap, softmax_row
-from nc_patch.ops.cpu.tiles import add_product, budget_of, leave_gap, read_queries, row_of, score, tile_of, write_output
-from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32
+from nc_patch.ops.cpu.rows import INF, add_product, budget_of, cap, compiled, pad_row, padded, row_in, softmax_row
+from nc_patch.ops.cpu.vectors import addresses, f32, fill, i32, product, set_f32, set_i32
+from nc_patch.ops.means import TAIL_PAGE_SIZE
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.selections.topk.cpu_list import PAGE, list_best, weigh_list
 
+PAGE = TAIL_PAGE_SIZE
 # Bytes of scores that a tile may have.
 _TILE_BYTES = 1 << 21
 _MOST_ROWS = 8
-# Floats of a sample of scores.
-_SPARE = 512
 
 
 def cpu_topk_attention(problem: Problem, sink_keys: int, recent_keys: int) -> AttentionResult:
     """Attention of each row over its best keys; ``problem.means``, where there are any, stand for the others."""
     means, group, outputs = problem.means, problem.group, Outputs.of(problem)
-    columns = padded_length(problem.key.shape[2]) + 2 * LANES
-    slots = 0 if means is None else padded_length(means.key.shape[2]) + 2 * LANES
+    columns = padded(problem.key.shape[2]) + 2 * LANES
+    slots = 0 if means is None else padded(means.key.shape[2]) + 2 * LANES
     rows = _MOST_ROWS
     while rows > 1 and rows * group * columns * 4 > _TILE_BYTES:
         rows //= 2
-    tile = -(-rows * group // TILE_ROWS) * TILE_ROWS
-    floats = (
-        tile * (columns + slots + sum(map(padded_length, problem.head_dims)) + 1) + 2 * columns + slots + 2 * _SPARE
-    )
     for b, heads, arguments in parts_of(problem, outputs, panels=True):
         if means is not None:
             key, value = (mean[b : b + 1, heads] for mean in means)
-            arguments |= {"means": in_panels(key), "mean_values": as_rows(value, LANES), "mean_count": key.shape[2]}
-        items = -(-arguments["Lq"] // rows) * arguments["heads"]
-        _attend_kernel(items, floats, rows=rows, sink_keys=sink_keys, recent_keys=recent_keys, columns=columns,
-                       slots=slots, **arguments)  # fmt: skip
+            arguments |= {"mean_key": in_panels(key), "mean_value": as_rows(value, LANES), "mean_count": key.shape[2]}
+        floats = sum(_room_of(_tile_rows(rows * group), arguments["D"], columns, slots, arguments["width"]))
+        _attend_kernel(-(-arguments["Lq"] // rows) * arguments["heads"], floats, rows=rows, sink_keys=sink_keys,
+                       recent_keys=recent_keys, columns=columns, slots=slots, **arguments)  # fmt: skip
     return outputs.result(problem, dense_log_sums(problem))
 
 
-@kernel(f"{FIELDS} means:4 mean_values:4 mean_count rows sink_keys recent_keys columns slots")
+@register_jitable
+def _tile_rows(rows: int) -> int:
+    """Rows of a tile that holds so many."""
+    return (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+
+
+@register_jitable
+def _room_of(tile, D, columns, slots, width):
+    """Floats of a tile: queries, scores, those of page means, output; of a row: its best, their places, counts of
+    pages, a sample; and factors of the output.
+    """
+    of_tile = tile * padded(D), tile * columns, tile * slots, tile * width
+    return (*of_tile, columns, columns, slots, of_rows.SAMPLED, tile)
+
+
+@Kernel
 def _attend_kernel(pointer, item, scratch):
     """One tile: its scores, then row by row the softmax and its product with the values."""
     p = carray(pointer, 1)[0]
-    head, first, last = tile_of(p, item)
-    low, high, whole = _span_of(p, head, first, last)
+    head, first, last = of_rows.tile_of(p, item)
     rows = last - first
-    tile = (p.group * rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
-    step, means_step, out_step = 4 * p.columns, 4 * p.slots, 4 * p.width
-    x = scratch
-    z = x + 4 * tile * padded(p.D)
-    means = z + tile * step
-    out = means + tile * means_step
-    inverses = out + tile * out_step
-    scores = inverses + 4 * tile
-    places = scores + step
-    counts = places + step
-    sample = counts + means_step
-    fill(out, padded(tile * p.width), np.float32(0))
-    read_queries(p, x, head, first, last, tile)
-    base = low // LANES * LANES
-    width = padded(high - base)
-    score(x, p.D, p.key + head * p.key_h + base // LANES * p.D * 64, width // LANES, z, step, tile)
+    tile, x_step, step, means_step = _tile_rows(p.group * rows), 4 * padded(p.D), 4 * p.columns, 4 * p.slots
+    room, out_step = _room_of(tile, p.D, p.columns, p.slots, p.width), 4 * p.width
+    x, z, means, out, scores, places, counts, sample, inverses = addresses(scratch, room)
+    fill(x, tile * padded(p.D), np.float32(0))
+    fill(out, tile * p.width, np.float32(0))
+    low, high, whole = p.N, 0, True
+    for r in range(p.group * rows):
+        row = row_in(p, head, first, rows, r)
+        of_rows.read_query(p, x + r * x_step, row)
+        whole = whole and budget_of(p, row) >= row.end - row.start and not of_rows.leave_gap(low, high, row)
+        if row.end > row.start:
+            low, high = min(low, row.start), max(high, row.end)
+    low = min(low, high)
+    base = low // COLUMNS * COLUMNS
+    width = high - base
+    _score((x, x_step), p.D, p.key + head * p.key_h + base // COLUMNS * p.key_n, width, (z, step), tile)
     slots = 0
-    if p.means != 0 and not whole:
+    if p.mean_count != 0 and not whole:
         slots = min(high // PAGE + 1, p.mean_count)
-        score(x, p.D, p.means + head * p.means_h, padded(slots) // LANES, means, means_step, tile)
+        _score((x, x_step), p.D, p.mean_key + head * p.mean_key_h, slots, (means, means_step), tile)
     # The slots of the pages that count for any row: what others hold may be of keys that no query sees.
     first_slot, last_slot = slots, 0
     values = p.value + head * p.value_h
     for r in range(p.group * rows):
-        of_head, i, start, end = row_of(p, head, first, rows, r)
-        at = of_head * p.Lq + i
-        row, of_means, inverse = z + r * step, means + r * means_step, np.float32(0)
-        if end <= start:
-            fill(row, width, np.float32(0))
+        row = row_in(p, head, first, rows, r)
+        raw, of_means, inverse = z + r * step, means + r * means_step, np.float32(0)
+        if row.end <= row.start:
+            fill(raw, padded(width), np.float32(0))
             fill(of_means, padded(slots), np.float32(0))
         elif whole:
-            cap(row + 4 * (start - base), end - start, p.scale, p.softcap)
-            fill_outside(row, width, start - base, end - base, -INF)
-            inverse = softmax_row(p, row, width, 0, 0, 0, of_head, at)
+            seen_from, seen_to = row.start - base, row.end - base
+            cap(raw + 4 * seen_from, seen_to - seen_from, p.scale, p.softcap)
+            of_rows.fill_outside(raw, padded(width), seen_from, seen_to, -INF)
+            inverse = softmax_row(p, row, raw, width, 0, 0, 0)
         else:
-            k = min(budget_of(p, 0, of_head, i), end - start)
-            list_best(p, row + 4 * (start - base), start, end, k, scores, places, sample)
-            seen = (start, end, i32(p.origin, i))
-            inverse, slot, counted = weigh_list(p, scores, places, k, seen, of_head, at, of_means, slots, counts)
-            fill_outside(of_means, slots, slot, slot + counted, np.float32(0))
+            k = min(budget_of(p, row), row.end - row.start)
+            list_best(p, row, raw + 4 * (row.start - base), k, scores, places, sample)
+            inverse, slot, counted = weigh_list(p, row, scores, places, k, of_means, slots, counts)
+            of_rows.fill_outside(of_means, slots, slot, slot + counted, np.float32(0))
             if counted > 0:
                 first_slot, last_slot = min(first_slot, slot), max(last_slot, slot + counted)
-            add_listed(out + r * out_step, p.width, scores, places, padded(k), values, p.value_n, 0)
+            of_rows.add_listed(out + r * out_step, p.width, scores, places, padded(k), (values, p.value_n), 0)
         set_f32(inverses, r, inverse)
     if whole:
-        add_product(z + 4 * (low - base), step, 4, values + low * p.value_n, p.value_n, out, out_step, high - low, tile,
-                    p.width)  # fmt: skip
+        weights, values = (z + 4 * (low - base), step), (values + low * p.value_n, p.value_n)
+        add_product(weights, 4, values, (out, out_step), high - low, tile, p.width)
     elif first_slot < last_slot:
-        mean_values = p.mean_values + head * p.mean_values_h + first_slot * p.mean_values_n
-        add_product(means + 4 * first_slot, means_step, 4, mean_values, p.mean_values_n, out, out_step,
-                    last_slot - first_slot, tile, p.width)  # fmt: skip
+        values = p.mean_value + head * p.mean_value_h + first_slot * p.mean_value_n
+        weights = (means + 4 * first_slot, means_step)
+        add_product(weights, 4, (values, p.mean_value_n), (out, out_step), last_slot - first_slot, tile, p.width)
     for r in range(p.group * rows):
-        of_head, i, start, end = row_of(p, head, first, rows, r)
-        if end <= start:
+        row = row_in(p, head, first, rows, r)
+        if row.end <= row.start:
             fill(out + r * out_step, p.width, np.float32(0))
-        write_output(p, 0, of_head, i, out + r * out_step, f32(inverses, r), sample)
+        of_rows.write_output(p, row, out + r * out_step, f32(inverses, r), sample)
 
 
 @compiled
-def _span_of(p, head, first, last):
-    """The keys [low, high) that any of the rows sees, twice 0 where none sees any; and whether all rows attend them so.
+def _score(x, depth, panels, count, z, rows):
+    """Scores of rows of floats against the first ``count`` keys in panels, and against the rest of the last panel."""
+    for panel in range(of_rows.tiles_in(count)):
+        keys, target = (panels + panel * depth * 4 * COLUMNS, 4 * COLUMNS), z[0] + panel * 4 * COLUMNS
+        for row in range(0, rows, TILE_ROWS):
+            product((x[0] + row * x[1], x[1]), 4, keys, (target + row * z[1], z[1]), depth, TILE_ROWS, COLUMNS, 0)
 
-    They do where every row has a budget of all that it sees, and no key lies between the rows' intervals, seen by none.
+
+@compiled
+def list_forced(p, row, k, places):
+    """Lists the first and last keys that a row attends whatever they score, all if it attends all; how many of each."""
+    recents = min(k, p.recent_keys)
+    sinks, recents = (k, 0) if k >= row.end - row.start else (min(k - recents, p.sink_keys), recents)
+    for j in range(sinks + recents):
+        set_i32(places, j, row.start + j if j < sinks else row.end - sinks - recents + j)
+    return sinks, recents
+
+
+@compiled
+def list_best(p, row, raw, k, scores, places, sample):
+    """Lists the scores and the positions of the ``k`` keys that a row attends, of raw scores of those that it sees."""
+    sinks, recents = list_forced(p, row, k, places)
+    forced = sinks + recents
+    for j in range(forced):
+        set_f32(scores, j, f32(raw, i32(places, j) - row.start))
+    if k > forced:
+        rivals, first = row.end - row.start - forced, row.start + sinks
+        best, at = scores + 4 * forced, places + 4 * forced
+        of_rows.best_of(raw + 4 * sinks, rivals, k - forced, first, best, at, sample)
+
+
+@compiled
+def weigh_list(p, row, scores, places, taken, means, slots, counts):
+    """Makes weights of the scores of ``taken`` listed keys and of ``slots`` page means; fills up both lists.
+
+    ``counts`` has room for as many floats as there are slots.
+
+    Returns:
+        (one over the sum of all weights, slot of the first page that counts, how many do).
     """
-    low, high, whole = 1 << 62, 0, True
-    for i in range(first, last):
-        start, end = i32(p.visible, 2 * i), i32(p.visible, 2 * i + 1)
-        whole = whole and not leave_gap(low, high, start, end)
-        if end > start:
-            low, high = min(low, start), max(high, end)
-        for g in range(p.group):
-            whole = whole and budget_of(p, 0, head * p.group + g, i) >= end - start
-    return low if high > 0 else 0, high, whole
+    slot = counted = 0
+    of_rows.fill_up(p, scores, places, taken)
+    if slots > 0 and taken < row.end - row.start:
+        slot, counted = missing_of_pages(row, places, taken, counts)
+        cap(means + 4 * slot, counted, p.scale, p.softcap)
+        pad_row(means + 4 * slot, counted, -INF)
+    return softmax_row(p, row, scores, taken, means + 4 * slot, counts, counted), slot, counted
+
+
+@compiled
+def missing_of_pages(row, places, taken, counts):
+    """How many keys of each page that counts for a row are not among those at ``places``, and where the pages are.
+
+    Returns:
+        (slot of the first page, number of pages); ``counts`` receives a float for each, zeros up to a whole vector.
+    """
+    first = (row.start - row.origin + PAGE - 1) // PAGE
+    counted = max((row.end - 1 - row.origin) // PAGE - first, 0)
+    fill(counts, padded(counted), np.float32(PAGE))
+    begin = row.origin + first * PAGE
+    for j in range(taken):
+        place = i32(places, j) - begin
+        if 0 <= place < counted * PAGE:
+            set_f32(counts, place // PAGE, f32(counts, place // PAGE) - np.float32(1))
+    pad_row(counts, counted, np.float32(0))
+    return row.origin // PAGE + first, counted

@@ -12,29 +12,26 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray
+from numba.extending import register_jitable
 
-from nc_patch.ops.cpu.launch import KINDS, kernel
+from nc_patch.ops.cpu import rows as of_rows
+from nc_patch.ops.cpu import vectors
+from nc_patch.ops.cpu.launch import KINDS, Kernel
 from nc_patch.ops.cpu.llvm import LANES
-from nc_patch.ops.cpu.parts import FIELDS, Outputs, arguments_of, last_dense, padded_length
-from nc_patch.ops.cpu.products import code_products, take_bounded, to_lower_bounds
+from nc_patch.ops.cpu.parts import Outputs, arguments_of, last_dense
 from nc_patch.ops.cpu.recent import dense_log_sums
-from nc_patch.ops.cpu.rows import INF, best_of, compiled, dot_row, padded, read_row, threshold_of, write_row
-from nc_patch.ops.cpu.softmax import add_listed, score_listed
-from nc_patch.ops.cpu.tiles import budget_of, read_query, write_output
-from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i8, set_i32
+from nc_patch.ops.cpu.rows import INF, add_listed, best_of, compiled, padded, read_query, row_of, score_listed
+from nc_patch.ops.cpu.vectors import code_products, f32, fill, i32, set_f32, set_i8, set_i32
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rounding import HALF_ULP, SMALLEST
 from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes, code_slack
-from nc_patch.selections.topk.cpu_list import PAGE, forced_of, list_best, weigh_list
+from nc_patch.selections.topk.cpu import PAGE, list_best, list_forced, weigh_list
 
-_INDEX = "codes scales residuals center spread room mean_key:4 mean_value:4 mean_count"
-_TAKEN_IN = f"key:4 value:4 origin heads Lq N D Dv kind new {_INDEX} first_keys"
-_FIELDS = f"{FIELDS} {_INDEX} coded bounds bounds_n columns slots first queries per_scale:f sink_keys recent_keys"
 # Keys of an item of the first launch, and floats of bounds that are kept at once.
 _KEYS = 1024
 _MOST_BOUNDS = 1 << 24
-# Floats of a query's state, see ``_state_of``.
+# Floats of what a query's bounds follow from, see ``_weigh_query``.
 _STATE = 4
 
 
@@ -46,8 +43,8 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
     key, means, index, outputs = problem.key, problem.means, problem.key_index, Outputs.of(problem)
     B, Hq, Lq, D = problem.query.shape
     N = key.shape[2]
-    columns = padded_length(N) + 2 * LANES
-    slots = 0 if means is None else padded_length(min(means.key.shape[2], N // PAGE + 1)) + 2 * LANES
+    columns = padded(N) + 2 * LANES
+    slots = 0 if means is None else padded(min(means.key.shape[2], N // PAGE + 1)) + 2 * LANES
     width = columns + slots + _STATE
     at_once = max(1, min(Lq, _MOST_BOUNDS // max(1, B * Hq * width)))
     bounds = torch.empty(B * Hq * at_once, width, dtype=torch.float32, device="cpu")
@@ -63,10 +60,9 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
     for first in range(0, Lq, at_once):
         queries = min(at_once, Lq - first)
         arguments |= {"first": first, "queries": queries}
-        floats = 5 * padded_length(D) + 4 * _KEYS + _STATE + 2 * LANES
+        floats = 4 * (padded(D) + _KEYS) + 2 * padded(max(problem.head_dims)) + LANES
         _scan_kernel(B * key.shape[1] * -(-N // _KEYS), floats, **arguments)
-        floats = 4 * columns + slots + sum(map(padded_length, problem.head_dims)) + 512 + 2 * LANES
-        _attend_kernel(B * Hq * queries, floats, **arguments)
+        _attend_kernel(B * Hq * queries, sum(_room_of(columns, slots, *problem.head_dims)), **arguments)
         arguments["new"] = 0
     return outputs.result(problem, dense_log_sums(problem))
 
@@ -97,19 +93,19 @@ def _take_in(key: torch.Tensor, value: torch.Tensor, first: torch.Tensor, count:
     B, Hkv, N, D = key.shape
     Dv = value.shape[3]
     _take_in_kernel(
-        B * Hkv * -(-N // _KEYS), 2 * padded_length(max(D, Dv)) + LANES, key=last_dense(key), value=last_dense(value),
-        first_keys=first.to(torch.int32).contiguous(), new=count, heads=Hkv, N=N, D=D, Dv=Dv, kind=KINDS[key.dtype],
+        B * Hkv * -(-N // _KEYS), 2 * padded(max(D, Dv)) + LANES, key=last_dense(key), value=last_dense(value),
+        first_new=first.to(torch.int32).contiguous(), new=count, heads=Hkv, N=N, D=D, Dv=Dv, kind=KINDS[key.dtype],
         **index,
     )  # fmt: skip
 
 
-@kernel(_TAKEN_IN)
+@Kernel
 def _take_in_kernel(pointer, item, scratch):
     """A run of keys of one head."""
     p = carray(pointer, 1)[0]
     runs = (p.N + _KEYS - 1) // _KEYS
     head = item // runs
-    first = i32(p.first_keys, head // p.heads)
+    first = i32(p.first_new, head // p.heads)
     take_in(p, head, item % runs * _KEYS, first, min(first + p.new, p.N), scratch)
 
 
@@ -134,25 +130,6 @@ def take_in(p, head, begin, first, end, scratch):
 
 
 @compiled
-def _interval(p, batch, i):
-    """Start and end of what a query sees."""
-    at = 2 * (batch * p.Lq + i)
-    return i32(p.visible, at), i32(p.visible, at + 1)
-
-
-@compiled
-def _bounds_of(p, batch, head, i):
-    """Where the bounds of a query of a launch are; behind them the scores of page means, and its state."""
-    return p.bounds + ((batch * p.heads * p.group + head) * p.queries + i) * p.bounds_n
-
-
-@compiled
-def _state_of(p, bounds):
-    """Where what a query's bounds follow from is: q·center, the norm of the weighted query, the error of rounding."""
-    return bounds + 4 * (p.columns + p.slots)
-
-
-@compiled
 def _norm(x, count):
     """The norm of floats, not below the true one but for its rounding of ordinary numbers."""
     total = 0.0
@@ -163,7 +140,7 @@ def _norm(x, count):
 
 @compiled
 def _weigh_query(p, x, head, state):
-    """Multiplies a query by the channels' spreads, in place, and writes its state."""
+    """Multiplies a query by the channels' spreads, in place, and writes what its bounds follow from."""
     center, spread = p.center + 4 * head * p.D, p.spread + 4 * head * p.D
     middle, size = np.float32(0), _norm(x, p.D)
     for d in range(p.D):
@@ -171,10 +148,11 @@ def _weigh_query(p, x, head, state):
         set_f32(x, d, f32(x, d) * f32(spread, d))
     set_f32(state, 0, middle)
     set_f32(state, 1, _norm(x, p.D))
-    set_f32(state, 2, size * _norm(center, p.D) * np.float32(2 * (p.D + 16) * HALF_ULP) + np.float32(SMALLEST))
+    set_f32(state, 2, np.float32(p.per_scale))
+    set_f32(state, 3, size * _norm(center, p.D) * np.float32(2 * (p.D + 16) * HALF_ULP) + np.float32(SMALLEST))
 
 
-@kernel(_FIELDS)
+@Kernel
 def _scan_kernel(pointer, item, scratch):
     """A run of keys of one head: new ones are taken in, scores are bounded from below, page means are scored."""
     p = carray(pointer, 1)[0]
@@ -183,68 +161,60 @@ def _scan_kernel(pointer, item, scratch):
     batch, kv_head = head // p.heads, head % p.heads
     end, high = 0, 0
     for i in range(p.Lq):
-        end = max(end, _interval(p, batch, i)[1])
+        stop = row_of(p, batch, 0, i).end
+        end = max(end, stop)
         if p.first <= i < p.first + p.queries:
-            high = max(high, _interval(p, batch, i)[1])
-    keys = p.key + batch * p.key_b + kv_head * p.key_h
-    slot = begin // PAGE
-    slots = min(_KEYS // PAGE, min(p.mean_count, p.N // PAGE + 1) - slot)
+            high = max(high, stop)
     if p.new > 0:
         take_in(p, head, begin, end - p.new, end, scratch)
+    keys = p.key + batch * p.key_b + kv_head * p.key_h + begin * p.key_n
+    slot, place = begin // PAGE, head * p.room + begin
+    mean_keys = p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h + slot * p.mean_key_n
+    slots = min(_KEYS // PAGE, min(p.mean_count, p.N // PAGE + 1) - slot)
     count, step = min(begin + _KEYS, high) - begin, 4 * padded(p.D)
-    x, raw = scratch, scratch + 4 * step
+    x, raw = vectors.addresses(scratch, (step, 0))
     rows = p.group * p.queries
     for first in range(0, rows, 4):
-        many = min(4, rows - first)
-        for r in range(4):
-            if r >= many:
-                fill(x + r * step, padded(p.D), np.float32(0))
-                continue
-            of_head, i = kv_head * p.group + (first + r) // p.queries, (first + r) % p.queries
-            bounds = _bounds_of(p, batch, of_head, i)
-            read_query(p, x + r * step, batch, of_head, p.first + i)
-            for j in range(slots):
-                mean = p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h + (slot + j) * p.mean_key_n
-                set_f32(bounds + 4 * p.columns, slot + j, dot_row(x + r * step, mean, p.D, p.kind))
-            if p.coded == 0:
-                for j in range(count):
-                    set_f32(bounds, begin + j, dot_row(x + r * step, keys + (begin + j) * p.key_n, p.D, p.kind))
+        many, bounds = min(4, rows - first), p.bounds + (head * rows + first) * p.bounds_n
+        fill(x, step, np.float32(0))
+        for r in range(many):
+            row = row_of(p, batch, kv_head * p.group + (first + r) // p.queries, p.first + (first + r) % p.queries)
+            query, of_row = x + r * step, bounds + r * p.bounds_n
+            read_query(p, query, row)
+            _score(p, query, mean_keys, p.mean_key_n, slots, of_row + 4 * (p.columns + slot))
+            if p.coded != 0:
+                _weigh_query(p, query, head, of_row + 4 * (p.columns + p.slots))
             else:
-                _weigh_query(p, x + r * step, head, _state_of(p, bounds))
+                _score(p, query, keys, p.key_n, count, of_row + 4 * begin)
         if p.coded == 0 or count <= 0:
             continue
-        _multiply_codes(p, x, step, head * p.room + begin, count, many, raw)
+        codes, products = p.codes + place * p.D, (raw, 4 * _KEYS)
+        if many == 1:
+            code_products((x, step), codes, count, p.D, products, 1)
+        elif many == 2:
+            code_products((x, step), codes, count, p.D, products, 2)
+        else:
+            code_products((x, step), codes, count, p.D, products, 4)
         for r in range(many):
-            of_head, i = kv_head * p.group + (first + r) // p.queries, (first + r) % p.queries
-            bounds = _bounds_of(p, batch, of_head, i)
-            state = _state_of(p, bounds)
-            to_lower_bounds(
-                raw + 4 * r * _KEYS, bounds + 4 * begin, padded(count), p.scales + 4 * (head * p.room + begin),
-                p.residuals + 4 * (head * p.room + begin), f32(state, 0), f32(state, 1), np.float32(p.per_scale),
-                f32(state, 2),
+            of_row = bounds + r * p.bounds_n
+            vectors.to_lower_bounds(
+                raw + 4 * r * _KEYS, of_row + 4 * begin, padded(count), p.scales + 4 * place, p.residuals + 4 * place,
+                of_row + 4 * (p.columns + p.slots),
             )  # fmt: skip
 
 
 @compiled
-def _multiply_codes(p, x, step, place, count, rows, raw):
-    """Products of up to four rows with ``count`` codes from ``place`` on, ``raw [4, _KEYS]``."""
-    codes = p.codes + place * p.D
-    if rows == 1:
-        for j in range(0, count, 4):
-            code_products(x, step, codes + j * p.D, count - j, p.D, raw + 4 * j, 4 * _KEYS, 1)
-    elif rows == 2:
-        for j in range(0, count, 2):
-            code_products(x, step, codes + j * p.D, count - j, p.D, raw + 4 * j, 4 * _KEYS, 2)
-    else:
-        for j in range(count):
-            code_products(x, step, codes + j * p.D, 1, p.D, raw + 4 * j, 4 * _KEYS, 4)
+def _score(p, x, rows, step, count, out):
+    """Writes the raw scores of a query and rows, ``step`` bytes apart."""
+    for j in range(count):
+        set_f32(out, j, of_rows.dot_row(x, rows + j * step, p.D, p.kind))
 
 
 @compiled
 def _encode(p, head, key, place, x):
     """Writes the codes of a key; ``codes.encode_keys`` defines them."""
     center, spread = p.center + 4 * head * p.D, p.spread + 4 * head * p.D
-    read_row(x, key, p.D, p.kind)
+    of_rows.read_row(x, key, p.D, p.kind)
     most, sound = np.float32(0), True
     for d in range(p.D):
         value = (f32(x, d) - f32(center, d)) / f32(spread, d)
@@ -275,76 +245,70 @@ def _average(p, rows, step, target, width, x):
     total = x + 4 * padded(width)
     fill(total, padded(width), np.float32(0))
     for row in range(PAGE):
-        read_row(x, rows + row * step, width, p.kind)
+        of_rows.read_row(x, rows + row * step, width, p.kind)
         for d in range(width):
             set_f32(total, d, f32(total, d) + f32(x, d) * np.float32(1 / PAGE))
-    write_row(target, total, width, np.float32(1), p.kind, x)
+    of_rows.write_row(target, total, width, np.float32(1), p.kind, x)
 
 
-@kernel(_FIELDS)
+@register_jitable
+def _room_of(columns, slots, D, Dv):
+    """Floats of a query: scores, places, two more lists, counts of pages, itself, its output, a sample."""
+    return columns, columns, columns, columns, slots, padded(D), padded(Dv), of_rows.SAMPLED
+
+
+@Kernel
 def _attend_kernel(pointer, item, scratch):
     """One query of one head: its threshold, its best keys, and softmax times value over those."""
     p = carray(pointer, 1)[0]
-    i = p.first + item % p.queries
-    of_head = item // p.queries % (p.heads * p.group)
-    batch = item // p.queries // (p.heads * p.group)
-    kv_head = of_head // p.group
-    bounds = _bounds_of(p, batch, of_head, item % p.queries)
-    scores, places = scratch, scratch + 4 * p.columns
-    listed, exact = places + 4 * p.columns, places + 8 * p.columns
-    counts = exact + 4 * p.columns
-    x = counts + 4 * p.slots
-    out = x + 4 * padded(p.D)
-    sample = out + 4 * padded(p.Dv)
-    start, end = _interval(p, batch, i)
+    row = row_of(p, *of_rows.decoded(p, item))
+    batch, kv_head = row.batch, row.head // p.group
+    scores, places, listed, exact, counts, x, out, sample = vectors.addresses(
+        scratch, _room_of(p.columns, p.slots, p.D, p.Dv)
+    )
     fill(out, padded(p.Dv), np.float32(0))
     inverse = np.float32(1)
-    if end > start:
-        k = min(budget_of(p, batch, of_head, i), end - start)
+    if row.end > row.start:
+        bounds = p.bounds + item * p.bounds_n
+        k = min(of_rows.budget_of(p, row), row.end - row.start)
         if p.coded == 0:
-            list_best(p, bounds + 4 * start, start, end, k, scores, places, sample)
+            list_best(p, row, bounds + 4 * row.start, k, scores, places, sample)
         else:
-            read_query(p, x, batch, of_head, i)
+            read_query(p, x, row)
             keys = p.key + batch * p.key_b + kv_head * p.key_h
-            sinks, recents = forced_of(p, k, end - start)
+            sinks, recents = list_forced(p, row, k, places)
             forced = sinks + recents
-            for j in range(forced):
-                set_i32(places, j, start + j if j < sinks else end - forced + j)
             score_listed(p, x, keys, places, forced, scores)
             if k > forced:
                 best, at = scores + 4 * forced, places + 4 * forced
-                found, count = _candidates(p, batch * p.heads + kv_head, bounds, start + sinks, end - recents,
-                                           k - forced, (best, at, listed, sample))  # fmt: skip
+                first, stop = row.start + sinks, row.end - recents
+                threshold = of_rows.threshold_of(bounds + 4 * first, stop - first, k - forced, best, at, sample)
+                found, count = _candidates(p, batch * p.heads + kv_head, bounds, first, stop, threshold, listed)
                 score_listed(p, x, keys, found, count, exact)
                 best_of(exact, count, k - forced, 0, best, at, sample)
                 for j in range(forced, k):
                     set_i32(places, j, i32(found, i32(places, j)))
-        seen = (start, end, i32(p.origin, batch * p.Lq + i))
-        slots, means = min(end // PAGE + 1, p.mean_count), bounds + 4 * p.columns
-        number = (batch * p.heads * p.group + of_head) * p.Lq + i
-        inverse, slot, counted = weigh_list(p, scores, places, k, seen, of_head, number, means, slots, counts)
+        slots, means = min(row.end // PAGE + 1, p.mean_count), bounds + 4 * p.columns
+        inverse, slot, counted = weigh_list(p, row, scores, places, k, means, slots, counts)
         values = p.value + batch * p.value_b + kv_head * p.value_h
-        add_listed(out, p.Dv, scores, places, padded(k), values, p.value_n, p.kind)
+        add_listed(out, p.Dv, scores, places, padded(k), (values, p.value_n), p.kind)
         if counted > 0:
             for j in range(padded(counted)):
                 set_i32(listed, j, slot + min(j, counted - 1))
             values = p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h
-            add_listed(out, p.Dv, means + 4 * slot, listed, padded(counted), values, p.mean_value_n, p.kind)
-    write_output(p, batch, of_head, i, out, inverse, sample)
+            add_listed(out, p.Dv, means + 4 * slot, listed, padded(counted), (values, p.mean_value_n), p.kind)
+    of_rows.write_output(p, row, out, inverse, sample)
 
 
 @compiled
-def _candidates(p, head, bounds, first, stop, wanted, room):
-    """Lists the keys [first, stop) that may be among the best: where the list is, and how long."""
-    scores, places, listed, sample = room
-    state = _state_of(p, bounds)
-    threshold = threshold_of(bounds + 4 * first, stop - first, wanted, scores, places, sample)
+def _candidates(p, head, bounds, first, stop, threshold, listed):
+    """Lists the keys [first, stop) whose scores may reach a threshold: where the list is, and how long."""
     # Whole vectors, which lie within what there is room for; what is not asked for is cut off again.
     begin = first // LANES * LANES
-    count = take_bounded(
-        bounds + 4 * begin, padded(stop - begin), p.scales + 4 * (head * p.room + begin),
-        p.residuals + 4 * (head * p.room + begin), f32(state, 1), np.float32(p.per_scale), f32(state, 2), threshold,
-        listed, begin,
+    place = 4 * (head * p.room + begin)
+    count = vectors.take_bounded(
+        bounds + 4 * begin, padded(stop - begin), p.scales + place, p.residuals + place,
+        bounds + 4 * (p.columns + p.slots), threshold, listed, begin,
     )  # fmt: skip
     skipped = 0
     while skipped < count and i32(listed, skipped) < first:
