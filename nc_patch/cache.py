@@ -1,8 +1,8 @@
 """Cache layers of ``transformers`` that carry a key index, and keep it right through everything a cache goes through.
 
 They take the place of the layers of a cache that a patched model meets, and serve any other model as before. An index
-is trusted only while its keys are the very ones that it was last seen with, unchanged; otherwise it is dropped, and
-built again when attention runs.
+is trusted only while its keys and values are the very ones that it was last seen with, unchanged; otherwise it is
+dropped, and built again when attention runs.
 """
 
 import copy
@@ -30,16 +30,17 @@ class LayerCache(NamedTuple):
 NO_CACHE = LayerCache(None, False)
 
 
-def _state(keys: torch.Tensor) -> tuple[torch.Size, int | None]:
-    """The shape of keys, and how often they were written."""
-    return keys.shape, None if keys.is_inference() else keys._version
+def _state(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Size, int | None, int | None]:
+    """The shape of keys, and how often they and their values were written."""
+    keys_written = None if keys.is_inference() else keys._version
+    return keys.shape, keys_written, None if values.is_inference() else values._version
 
 
 class KeyIndexMixin:
     """A cache layer with key indexes, at most one of a kind.
 
-    In-place writes to the keys from outside are noticed by the tensor's version, which counts neither in inference mode
-    nor in a compiled graph: call ``forget_index`` after writing there.
+    In-place writes to keys and values from outside are noticed by the tensor's version, which counts neither in
+    inference mode nor in a compiled graph: call ``forget_index`` after writing there.
     """
 
     _layer_type = None
@@ -47,8 +48,9 @@ class KeyIndexMixin:
     values: torch.Tensor
     # Never changed in place: the class's empty one is shared.
     nc_indexes: "dict[str, KeyIndex]" = {}  # noqa: RUF012
-    # The keys that the indexes describe, and their state; None where keys have come that no attention has taken in.
-    _nc_seen: "tuple[weakref.ref[torch.Tensor], tuple[torch.Size, int | None]] | None" = None
+    # The keys and values that the indexes describe, and their state; None where some have come that no attention has
+    # taken in.
+    _nc_seen: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], tuple[Any, ...]] | None" = None
     _nc_updated: frozenset[str] = frozenset()
     # Where each sequence began when its keys were last attended, see ``visibility.begins_by``; None if that is unknown.
     _nc_begins: "tuple[int, ...] | None" = None
@@ -70,10 +72,11 @@ class KeyIndexMixin:
             self.nc_indexes = {kind: index for kind, index in self.nc_indexes.items() if kind not in self.nc_never}
 
     def nc_check(self) -> None:
-        """Drops the indexes if the keys are not those they were made of."""
+        """Drops the indexes if the keys or values are not those they were made of."""
         if self.nc_indexes:
-            seen, keys = self._nc_seen, self.keys
-            if seen is None or keys is None or seen[0]() is not keys or seen[1] != _state(keys):
+            seen, keys, values = self._nc_seen, self.keys, self.values
+            same = seen is not None and keys is not None and seen[0]() is keys and seen[1]() is values
+            if not same or seen[2] != _state(keys, values):  # type: ignore[index, arg-type]
                 self.nc_forget()
 
     def nc_begin(self, begins: tuple[int, ...] | None) -> None:
@@ -138,7 +141,8 @@ class KeyIndexMixin:
     def nc_settle(self) -> None:
         """Takes note that the indexes belong to the keys as they are now."""
         if self.keys is not None and self.nc_indexes:
-            self._nc_seen = (weakref.ref(self.keys), _state(self.keys))
+            keys, values = self.keys, self.values
+            self._nc_seen = (weakref.ref(keys), weakref.ref(values), _state(keys, values))
 
     def offload(self) -> None:
         self._nc_room = None

@@ -99,7 +99,7 @@ class Sums:
         with _LOCK:
             self._fold(1)
             self._counts = [counts.cpu() for counts in self._counts]
-            return self._counts[0] if self._counts else torch.empty(0, dtype=torch.float64)
+            return self._counts[0] if self._counts else torch.empty(0, dtype=torch.float64, device="cpu")
 
     def _fold(self, least: int) -> None:
         """Makes one tensor of all that waits, where there is as much."""
@@ -120,7 +120,8 @@ class Sums:
             return {**vars(self), "_calls": [], "_counts": [self.read().tolist()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        counts = [torch.tensor(numbers, dtype=torch.float64) for numbers in state["_counts"] if numbers]
+        given = (numbers for numbers in state["_counts"] if numbers)
+        counts = [torch.tensor(numbers, dtype=torch.float64, device="cpu") for numbers in given]
         vars(self).update(state, _counts=counts)
 
 

@@ -85,6 +85,26 @@ def test_an_index_that_missed_calls_is_not_trusted(options, static, mode):
     assert_close(*logits)
 
 
+@pytest.mark.parametrize("changed", ["keys", "values"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "in place"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@EACH_INDEX
+@torch.no_grad()
+def test_an_index_is_made_anew_where_keys_or_values_were_changed(options, static, in_place, changed):
+    model, ids, logits = patch_model(tiny_model("llama"), 2.0, 0.5, **options), random_ids(1, 82), []
+    for fresh in (False, True):
+        cache, found = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache(), []
+        for piece in ids.split([80, 1, 1], 1):
+            found.append(model(piece, past_key_values=cache).logits[:, -1])
+            for layer in cache.layers:
+                held = getattr(layer, changed)
+                setattr(layer, changed, held.mul_(-1.5) if in_place else held * -1.5)
+            if fresh:
+                forget_index(cache)
+        logits.append(torch.stack(found))
+    assert_close(*logits)
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @EACH_INDEX
 @torch.no_grad()

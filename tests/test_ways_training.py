@@ -153,7 +153,7 @@ def numbers(model, ids):
         logits += [model(piece, past_key_values=cache).logits.float() for piece in ids.split([64, 5, 1], 1)]
     kept = nc_stats(model)["kept_mass"]
     mass = [kept[phase]["mean"] for phase in ("prefill", "decode")]
-    return [*logits, gradients(model, ids)[WEIGHT], torch.tensor(mass, dtype=torch.float64)]
+    return [*logits, gradients(model, ids)[WEIGHT], torch.tensor(mass, dtype=torch.float64, device="cpu")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -166,4 +166,14 @@ def test_the_default_dtype_changes_nothing(settings, dtype):
         found = numbers(models[1], ids)
     finally:
         torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
+@EACH_SETTING
+def test_a_default_device_changes_nothing(settings):
+    ids, models = random_ids(2, 70), [small(track=True, **settings) for _ in range(2)]
+    expected = numbers(models[0], ids)
+    with torch.device("meta"):
+        found = numbers(models[1], ids)
+        assert nc_stats(copy.deepcopy(models[1]))["kept_mass"] == nc_stats(models[0])["kept_mass"]
     assert all(map(torch.equal, found, expected))

@@ -49,7 +49,7 @@ class Plan:
     def positions(self, length: int) -> torch.Tensor:
         """The queries whose rows are taken for a length, int64 ``[rows]``, in the last eighth before it."""
         first = length - max(min(self.rows, length), length // 8)
-        return torch.linspace(first, length - 1, self.rows, dtype=torch.float32).round().long()
+        return torch.linspace(first, length - 1, self.rows, dtype=torch.float32, device="cpu").round().long()
 
 
 class Piece(NamedTuple):
@@ -89,7 +89,8 @@ def measure_piece(model: Any, ids: Sequence[int], plan: Plan, on_layer: Callable
         for level, length in enumerate(plan.lengths if gradient is None else beginning):
             rows = plan.positions(length).to(call.output.device)
             if gradient is None:
-                probes = torch.randn(_PROBES, H, R, call.problem.value.shape[-1], generator=generator)
+                shape = (_PROBES, H, R, call.problem.value.shape[-1])
+                probes = torch.randn(shape, generator=generator, device="cpu")
             else:
                 probes = gradient[:, :, rows].float()
             found = row_curves(call, rows, plan.keys, plan.eps, probes)
@@ -141,7 +142,7 @@ def loss_of_drawn_tokens(logits: torch.Tensor, seed: int) -> torch.Tensor:
     with torch.no_grad():
         # torch.multinomial takes seconds for so many rows.
         generator = torch.Generator().manual_seed(seed)
-        level = torch.rand(len(scores), 1, generator=generator, dtype=torch.float32).to(scores.device)
+        level = torch.rand(len(scores), 1, generator=generator, dtype=torch.float32, device="cpu").to(scores.device)
         reached = torch.softmax(scores, -1).cumsum_(-1)
         drawn = torch.searchsorted(reached, level * reached[:, -1:])[:, 0].clamp(max=scores.shape[-1] - 1)
     return torch.nn.functional.cross_entropy(scores, drawn, reduction="sum")

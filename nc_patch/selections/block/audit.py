@@ -77,9 +77,8 @@ def _draw(occupied: torch.Tensor, rows: torch.Tensor, count: int, seed: int) -> 
     """One row from each of ``count`` equal runs of the ``rows [B]`` rows that see a key, int64 ``[B, count]``."""
     device, generator = occupied.device, torch.Generator().manual_seed(seed)
     # Pinned, so that the host does not wait for the copy; PyTorch keeps such memory until the copy is done.
-    share = torch.rand(
-        occupied.shape[0], count, dtype=torch.float32, generator=generator, pin_memory=device.type == "cuda"
-    )
+    shape, pinned = (occupied.shape[0], count), device.type == "cuda"
+    share = torch.rand(shape, dtype=torch.float32, generator=generator, device="cpu", pin_memory=pinned)
     share = share.to(device, non_blocking=True)
     wanted = (torch.arange(count, device=device) + share) / count * rows[:, None]
     wanted = torch.minimum(wanted.long(), (rows[:, None] - 1).clamp(min=0)) + 1

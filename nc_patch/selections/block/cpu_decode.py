@@ -79,7 +79,8 @@ def cpu_summarize_pages_(
     statistics: PageStatistics, block_size: int,
 ) -> None:  # fmt: skip
     """``pages.update_pages_`` in a compiled kernel."""
-    pages = torch.arange(min(statistics.codes.shape[2], key.shape[2] // block_size + 2), dtype=torch.int32)
+    count_pages = min(statistics.codes.shape[2], key.shape[2] // block_size + 2)
+    pages = torch.arange(count_pages, dtype=torch.int32, device="cpu")
     begin = origin.to(torch.int32)[:, None] + pages * block_size
     stop = torch.minimum(end, first + (count + block_size - 1)).clamp(max=key.shape[2])
     whole = (begin + block_size > first[:, None]) & (begin + block_size <= stop[:, None])
