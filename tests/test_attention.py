@@ -1,8 +1,10 @@
 """Every way of attending in PyTorch and in the kernels for CPUs, against the float64 definitions."""
 
+import itertools
+
 import pytest
 import torch
-from attention_cases import DESCRIBED, KINDS, PAGE_KINDS, WAYS, check, random_case, relative_error
+from attention_cases import DESCRIBED, KINDS, PAGE_KINDS, TOLERANCE, WAYS, check, random_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import problem_of_case
@@ -17,6 +19,16 @@ from nc_patch.selections import Block, TopK
 BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(not has_numba(), reason="needs Numba"))]
 INSTALLED = ("torch", "cpu") if has_numba() else ("torch",)
 EACH = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("way", WAYS)
+def test_random_cases_equal_the_reference(way):
+    for seed, dtype in enumerate([*TOLERANCE] * 8):
+        case = random_case(seed, 300 if way == "block" else 150, dtype, decode=WAYS[way].index is not None)
+        expected = case.reference(way)
+        for backend, stats in itertools.product(INSTALLED, (True, False)):
+            check(way, case, backend, expected=expected, stats=stats, bounds=WAYS[way].index == "codes" and not stats)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
