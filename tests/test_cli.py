@@ -161,31 +161,24 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeyp
     assert "eval needs matplotlib: pip install -e '.[eval]' in the checkout of nc_patch" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("script", "loaded"),
-    [
-        (
-            "sys.modules['scipy'] = None\n"
-            "import nc_patch\n"
-            f"nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()",
-            "eval_tasks",
-        ),
-        (
-            "import eval_tasks.report, eval_tasks.profile_report\n"
-            "from eval_tasks.figures import Figure, to_png, to_svg\n"
-            "before = set(sys.modules)\n"
-            "figure = Figure()\n"
-            "figure.subplots().plot([1, 2], [1, 2], label='a')\n"
-            "to_png(figure), to_svg(figure)\n",
-            "matplotlib",
-        ),
-    ],
-    ids=["a profile neither scipy nor the harness", "a report nothing of matplotlib when it is drawn"],
-)
-def test_what_is_not_needed_is_not_imported(script, loaded):
-    code = f"""import sys
-before = set()
-{script}
-print([name for name in sorted(set(sys.modules) - before) if name.split(".")[0] == {loaded!r}])"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+NEEDS = f"""import sys
+def loaded(package, before=()):
+    print([name for name in sorted(set(sys.modules) - set(before)) if name.split(".")[0] == package])
+sys.modules["scipy"] = None
+import nc_patch
+nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()
+loaded("eval_tasks")
+del sys.modules["scipy"]
+import eval_tasks.report, eval_tasks.profile_report
+from eval_tasks.figures import Figure, to_png, to_svg
+before = set(sys.modules)
+figure = Figure()
+figure.subplots().plot([1, 2], [1, 2], label="a")
+to_png(figure), to_svg(figure)
+loaded("matplotlib", before)
+"""
+
+
+def test_a_profile_needs_neither_scipy_nor_the_harness_and_a_report_nothing_more_of_matplotlib_when_it_is_drawn():
+    done = subprocess.run([sys.executable, "-c", NEEDS], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.split() == ["[]"] * 2, done.stdout + done.stderr
