@@ -1,5 +1,6 @@
 """A logarithmic budget, o(n^C) for every C > 0: the paper's counter-example, as a baseline to compare with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class LogConfig(NCConfig):
             return int(log_budgets(np.array(n), self.alpha, self.min_keys))
         return torch.from_numpy(log_budgets(n.cpu().numpy(), self.alpha, self.min_keys)).to(n.device, torch.int32)
 
-    def row_budgets(self, visible: torch.Tensor, max_n: int, layer: int | None = None) -> torch.Tensor:
+    def _row_budgets(self, visible: torch.Tensor, max_n: int, laws: Sequence[tuple[float, float]]) -> torch.Tensor:
         table = self.budget(torch.arange(max_n + 1)).to(visible.device)
         return table[(visible[..., 1] - visible[..., 0]).long()][:, None]
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from eval_tasks.figures import to_png
 from eval_tasks.store import write_atomically
 from eval_tasks.summary import csv_of
-from nc_patch.budget import budgets_for
+from nc_patch import budget
 from nc_patch.calibration.fit import Fit
 from nc_patch.calibration.profile import SPARSE_BELOW, Profile
 from nc_patch.config import NCConfig
@@ -75,7 +75,7 @@ def profile_figure(profile: Profile) -> Figure:
     """Exponents, and shares of the keys attended, by layer and head; and the mass kept by so many keys."""
     fit, longest = shown_fit(profile), profile.lengths[-1]
     seen = np.array([min(longest, window or longest) for window in profile.windows], dtype=float)[:, None]
-    attended = 100 * budgets_for(seen, profile.alpha, profile.C) / seen
+    attended = 100 * budget.budgets(seen, profile.alpha, profile.C) / seen
     attended[list(profile.dense_layers)] = 100.0
     figure = Figure(figsize=(16, 5), layout="constrained")
     exponents, budgets, mass = figure.subplots(1, 3)

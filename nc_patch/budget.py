@@ -30,15 +30,11 @@ def budget_of(n: int, alpha: float, C: float, min_keys: int = 1, dense_below: in
     return n if raw >= n or n <= dense_below else min(n, max(min_keys, math.ceil(raw)))
 
 
-def budgets(n: np.ndarray, alpha: float, C: float, min_keys: int = 1, dense_below: int = 0) -> np.ndarray:
-    """``budget_of`` of every entry of an array of integers, int64 of the same shape."""
-    return budgets_for(n, alpha, C, min_keys, dense_below).astype(np.int64)
-
-
-def budgets_for(n: ArrayLike, alpha: ArrayLike, C: ArrayLike, min_keys: int = 1, dense_below: int = 0) -> np.ndarray:
-    """Budgets of an array of n, as whole numbers in float64; alpha and C are broadcast against n."""
+def budgets(n: ArrayLike, alpha: ArrayLike, C: ArrayLike, min_keys: int = 1, dense_below: int = 0) -> np.ndarray:
+    """``budget_of`` of every entry of an array, in its dtype; alpha and C are broadcast against it."""
+    n = np.asarray(n)
     found = np.minimum(n, np.maximum(min_keys, np.ceil(law_values(n, alpha, C) * _EXACT)))
-    return np.where(np.asarray(n) <= dense_below, n, found)
+    return np.where(n <= dense_below, n, found).astype(n.dtype)
 
 
 def law_values(n: ArrayLike, alpha: ArrayLike, C: ArrayLike) -> np.ndarray:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from profiles import made_up_profile
 
 from nc_patch import KeyIndex, NCConfig, selections, sparse_attention
-from nc_patch.budget import _laws, budget_of, budgets, budgets_for, law_values, row_budgets
+from nc_patch.budget import _laws, budget_of, budgets, law_values, row_budgets
 from nc_patch.common import as_integer, as_number
 from nc_patch.selections import Window
 
@@ -238,7 +238,7 @@ def test_all_ways_to_a_budget_agree(dense_below, min_keys):
         assert config.row_budgets(visible, int(n.max()))[0, 0].tolist() == expected, law
         raw = law_values(n.numpy(), alpha, C)
         sure = (np.abs(raw - np.rint(raw)) > 1e-9 * raw) | (n.numpy() <= dense_below)
-        assert (budgets_for(n.numpy(), *law) == expected)[sure].all(), law
+        assert (budgets(n.numpy(), *law) == expected)[sure].all(), law
 
 
 @pytest.mark.parametrize("dense_below", [0, 1, 63, 200, 1000])

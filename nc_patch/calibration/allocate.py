@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nc_patch.budget import budgets_for
+from nc_patch.budget import budgets
 from nc_patch.calibration.fit import theil_sen
 from nc_patch.common import ProfileError
 
@@ -31,7 +31,7 @@ class Laws(NamedTuple):
     def attend_all(self, lengths: Sequence[int]) -> np.ndarray:
         """Which laws give nearly every key at the first and the last of the lengths, bool ``[M, H]``."""
         ends = np.array((lengths[0], lengths[-1]), dtype=float)
-        return np.all(budgets_for(ends, self.alpha[..., None], self.C[..., None]) >= _DENSE_SHARE * ends, -1)
+        return np.all(budgets(ends, self.alpha[..., None], self.C[..., None]) >= _DENSE_SHARE * ends, -1)
 
 
 class Demand:
@@ -133,7 +133,7 @@ def attended_fraction(
     attended = seen = 0.0
     for window, alpha, C in zip(windows, *laws, strict=True):
         n, count = np.unique(np.minimum(rows, window) if window else rows, return_counts=True)
-        attended += float((budgets_for(n, alpha[:, None], C[:, None], min_keys, dense_below) * count).sum())
+        attended += float((budgets(n, alpha[:, None], C[:, None], min_keys, dense_below) * count).sum())
         seen += float((n * count).sum()) * len(alpha)
     return attended / seen
 

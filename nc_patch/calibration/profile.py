@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from nc_patch.budget import budgets_for, law_values
+from nc_patch.budget import budgets, law_values
 from nc_patch.calibration.allocate import Demand, Laws, allocate
 from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.calibration.fit import Fit, theil_sen
@@ -202,7 +202,7 @@ class Profile:
         Returns:
             Arrays ``[M, H]``: the estimate and the ends of its 90 % interval.
         """
-        budget = budgets_for(n, self.alpha, self.C)
+        budget = budgets(n, self.alpha, self.C)
         middle = self._mass_at(budget, n)
         spread = self._log_spread(n, middle)
         low, high = (self._mass_at(budget * np.exp(sign * spread), n) for sign in (-1, 1))
