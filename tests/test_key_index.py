@@ -38,6 +38,10 @@ def test_an_index_of_means_changes_no_result():
     assert relative_error(both.output, plain) < 1e-5
     assert torch.equal(sparse_attention(query, key, value, alpha=1.0, C=0.5), plain)
     assert relative_error(sparse_attention(query, key, value, alpha=1.0, C=0.5, tail="drop"), plain) > 1e-2
+    # Intervals that begin later leave the pages where they are.
+    options["visible"] = causal_intervals(2, 3, 77, "cpu").clamp(min=5)
+    expected = sparse_attention(query, key, value, origin=torch.zeros(2, 3, dtype=torch.int32), **options)
+    assert relative_error(sparse_attention(query, key, value, means=means, **options), expected) < 1e-6
     # There is room for a multiple of 128 keys; and the origins.
     assert means.nbytes() * 16 <= (key.nbytes + value.nbytes) * 128 / 77 + 16 * 8
 
