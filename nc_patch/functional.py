@@ -60,7 +60,7 @@ def sparse_attention(
             ``"topk"``, which changes no result, or ``"pages"`` for ``"block"``, by which every query chooses pages for
             itself. Given, it decides ``origin`` and ``block_size``. It has no gradient.
         means: the ``KeyIndex`` of kind ``"means"`` of ``key`` and ``value``, which spares ``tail="mean"`` the reading
-            of all of them; at most 32 queries a sequence, of one origin.
+            of all of them; at most 32 queries a sequence, of one origin. Its own is the default of ``origin``.
         return_stats: return an ``AttentionResult`` with lse, attended and kept_mass, which needs every key's score.
         return_kept_mass: ``"bounds"`` returns one with ``kept_mass_bounds``, which a codes index gives almost for free.
         options: options of the selection by name, such as ``sink_keys`` or ``block_size``, and ``min_keys``,
@@ -81,8 +81,13 @@ def sparse_attention(
     refuse_tangents(query, key, value)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
+    for given, kind in ((index, chosen.index_kind), (means, "means" if chosen.uses_means else None)):
+        if given is not None:
+            check_index(given, key, kind, repr(chosen), Lq)
     if origin is not None:
         check_int32("origin", origin, (B, Lq), query.device)
+    elif means is not None:  # whose pages are counted from there
+        origin = means.origin[:, None].expand(B, Lq)
     if visible is not None:
         check_int32("visible", visible, (B, Lq, 2), query.device)
         check_intervals(visible, Lk)
@@ -100,9 +105,6 @@ def sparse_attention(
     wants_bounds = return_kept_mass is not None
     if return_kept_mass not in (None, "bounds"):
         raise ValueError(f'return_kept_mass must be "bounds" or None, got {return_kept_mass!r}')
-    for given, kind in ((index, chosen.index_kind), (means, "means" if chosen.uses_means else None)):
-        if given is not None:
-            check_index(given, key, kind, repr(chosen), Lq)
     if wants_bounds and (index is None or not chosen.bounds_kept_mass):
         raise ValueError('bounds of the kept mass come from codes: pass index=KeyIndex.build(key, "codes")')
     if return_stats and index is not None and chosen.bounds_kept_mass:

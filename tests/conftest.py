@@ -60,6 +60,24 @@ def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
     return "cpu"
 
 
+# What takes longest, the longest first: begun last, one of them would keep one worker busy when the other is done.
+LONGEST = (
+    "test_interpreter",
+    "test_smollm2",
+    "test_gpu_check",
+    "test_ways",
+    "test_ways_compile",
+    "test_attention",
+    "test_wheel",
+    "test_eval_processes",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests that take ``device`` need a GPU, but in the interpreter; without one, what needs it is skipped."""
     if "device" in getattr(item, "fixturenames", ()):
