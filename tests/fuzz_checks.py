@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fuzz_inputs import COLUMN_LAYOUTS, LAYOUTS, Inputs, random_inputs
-from operations import reference_attention
+from operations import hull_of, reference_attention
 
 from nc_patch import AttentionResult, KeyIndex, NCConfig, sparse_attention
 from nc_patch.budget import budget_of
@@ -68,10 +68,11 @@ class Call(NamedTuple):
         at = torch.arange(self.inputs.key.shape[2])
         if self.index or self.means:
             unread = at < self.start[:, None]
-        elif self.options.get("tail") == "mean":
+        elif self.options.get("tail") == "mean" or not self.inputs.query.numel():
             return
         else:
-            unread = ~visible_mask(self.visible, len(at)).any(2)[:, 0]
+            visible = hull_of(self.visible) if self.options["selection"] == "block" else self.visible
+            unread = ~visible_mask(visible, len(at)).any(2)[:, 0]
         for tensor in (self.inputs.key, self.inputs.value):
             if 0 not in tensor.stride():
                 tensor.masked_fill_(unread[:, None, :, None], torch.nan)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from operations import problem_of
+from attention_cases import Shape
+from operations import problem_of_case
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import NCConfig, nc_stats, patch_model, sparse_attention
-from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections import Selection, base, register, selection_class, selection_names
 
 PAGE = Path(__file__).parent.parent / "docs" / "selection.md"
@@ -32,18 +32,10 @@ def Stride():
     del sys.modules[module.__name__], base._SELECTIONS["stride"]
 
 
-def tensors(requires_grad=False):
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 4, 37, 16), (2, 2, 90, 16), (2, 2, 90, 8))
-    return [torch.randn(shape, generator=generator).requires_grad_(requires_grad) for shape in shapes]
-
-
 def problem():
-    query, key, value = tensors()
-    visible = causal_intervals(2, 37, 90, "cpu")
-    visible[1, :, 0] = 11
-    budget = NCConfig(3.0, 0.5).row_budgets(visible, 90)
-    return problem_of(query, key, value, visible, budget, torch.randn(4), scale=0.3, softcap=20.0, stats=True)
+    sizes = {"batch": 2, "kv_heads": 2, "queries": 37, "keys": 90, "head_dim": 16, "value_dim": 8}
+    case = Shape("stride", intervals="padding", sinks=True, softcap=20.0, **sizes).case()
+    return problem_of_case(case, stats=True)
 
 
 def test_it_attends_exactly_what_it_says(Stride):
@@ -60,7 +52,7 @@ def test_it_attends_exactly_what_it_says(Stride):
 
 @pytest.mark.parametrize("selection", ["stride", "topk", "window", "block", "dense"])
 def test_it_compiles_as_a_whole_as_all_do(Stride, selection):
-    query, key, value = tensors()
+    query, key, value, *_ = problem()
 
     def attention(query, key, value):
         return sparse_attention(query, key, value, alpha=3.0, C=0.5, selection=selection)

@@ -113,22 +113,26 @@ def test_counting_passes_are_few_and_bounded(kind, budget, most, device, monkeyp
 @pytest.mark.parametrize("way", ["drop", "window", "block", "codes"])
 @FP32_BF16
 def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_program(way, dtype, device):
-    sizes = {"block": {"queries": 100, "keys": 130}, "codes": {"queries": 5, "keys": 130, "group": 3}}
-    case = Shape("broken-values", (), dtype, head_dim=80, **sizes.get(way, {"queries": 40, "group": 1})).case()
-    queries, keys = case.query.shape[2], case.key.shape[2]
-    case.value[:, :, keys - 5, 3], case.value[:, :, keys - 2, 50] = torch.nan, torch.inf
+    rows = triton_launch.tiles_for(triton_launch.architecture_of(torch.device(device)), dtype, 80, 80, 40).rows
+    queries, keys, of_way = {"block": (100, 130, {"budget": "full"}), "codes": (5, 130, {})}.get(way, (40, 53, {}))
+    case = Shape("broken", (), dtype, 1, 1, 3 if way == "codes" else 1, queries, keys, 80, **of_way).case()
+    broken = [(keys - 5, 3, torch.nan), (keys - 2, 50, torch.inf)]
+    if way == "block":  # in a tile that all rows see whole, and in two that some do not
+        broken = [(3, 7, torch.inf), (60, 3, torch.nan), (101, 50, -torch.inf)]
+    for key, column, what in broken:
+        case.value[:, :, key, column] = what
     output = case.selection(way).run(case.problem(way, "triton", device), "triton").output.cpu()
     expected = case.reference(way).output
-    attending, sound = expected.isnan(), output.isfinite()
-    assert 0 < int(attending.sum()) < 2 * attending[..., 0].numel()
-    assert not sound[attending].any()
+    sound = output.isfinite()
+    assert not sound[expected.isnan()].any()
     assert_close(output[sound], expected[sound], TOLERANCE[dtype])
-    # Whole are all other columns, and the rows of all programs before the first row that sees one of the two: blocks of
-    # queries begin at multiples of 64 positions, here after 34 rows.
-    rows = triton_launch.tiles_for(triton_launch.architecture_of(torch.device(device)), dtype, 80, 80, 40).rows
-    first = {"block": 34, "codes": 0}.get(way, (queries - 5) // rows * rows)
-    assert sound[:, :, :first].all()
-    assert sound[..., [d for d in range(80) if d not in (3, 50)]].all()
+    touched = [column for _, column, _ in broken]
+    assert sound[..., [column for column in range(80) if column not in touched]].all()
+    for key, column, _ in broken:
+        assert expected[..., column].isnan().any()
+        # The first row of the first program with a row that sees it; blocks of queries begin at multiples of 64.
+        first = {"block": key // 64 * 64 - (keys - queries), "codes": 0}.get(way, (key - 53 + 40) // rows * rows)
+        assert sound[:, :, : max(first, 0), column].all()
 
 
 @ROWS
