@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,19 +38,20 @@ def text(smollm2):
     return tokenise(smollm2.tokenizer, load_text("python-reference").content)
 
 
+# Of each task: what recall loses by a budget is far more than samples differ by.
+SAMPLES = {"perplexity": 2, "recall": 1}
+
+
 @pytest.fixture(scope="module")
 def perplexity(smollm2, text):
     """A function (task, length, config) → perplexity over the samples of the harness's task."""
-    known: dict[Any, float] = {}
 
-    def run(task: str, length: int, config: NCConfig | None, samples: int) -> float:
-        key = (task, length, config, samples)
-        if key not in known:
-            layout = Layout(lengths=(length,), samples=samples, scored=256, passage=256, seed=0)
-            built = [TASKS[task].build(text, place, length, layout) for place in places(text, layout)]
-            losses = [measure(smollm2.model, config, sample) for sample in built]
-            known[key] = math.exp(sum(m["loss_sum"] for m in losses) / sum(m["tokens"] for m in losses))
-        return known[key]
+    @lru_cache
+    def run(task: str, length: int, config: NCConfig | None) -> float:
+        layout = Layout(lengths=(length,), samples=SAMPLES[task], scored=256, passage=256, seed=0)
+        built = [TASKS[task].build(text, place, length, layout) for place in places(text, layout)]
+        losses = [measure(smollm2.model, config, sample) for sample in built]
+        return math.exp(sum(m["loss_sum"] for m in losses) / sum(m["tokens"] for m in losses))
 
     return run
 
@@ -59,27 +61,24 @@ def perplexity(smollm2, text):
     [
         ("perplexity", 2.0, 0.7, TOPK, 0, 1.03),
         ("perplexity", DEFAULT_ALPHA, DEFAULT_C, {}, 0, 1.02),
-        ("perplexity", 4.0, 0.6, {"selection": "block"}, 0, 1.08),
-        ("perplexity", 4.0, 0.6, FLOOR, 0, 1.05),
         ("recall", 2.0, 0.5, TOPK, 0, 1.5),
         ("recall", 4.0, 0.6, {"selection": "block"}, 0, 1.5),
         ("recall", 4.0, 0.6, FLOOR, 0, 1.1),
-        # A window with the budget of those that recall does not.
-        ("recall", 2.0, 0.5, WINDOW, 10, math.inf),
+        # A window with the largest budget of those that recall does not.
         ("recall", 4.0, 0.6, WINDOW, 10, math.inf),
     ],
 )
 def test_perplexity_at_2048_in_units_of_that_of_dense_attention(perplexity, task, alpha, C, options, least, most):
-    dense = perplexity(task, 2048, None, 2)
+    dense = perplexity(task, 2048, None)
     assert task != "recall" or dense < 2.5
-    assert least <= perplexity(task, 2048, NCConfig(alpha, C, **options), 2) / dense <= most
+    assert least <= perplexity(task, 2048, NCConfig(alpha, C, **options)) / dense <= most
 
 
 @pytest.mark.wide
 def test_a_growing_budget_beats_the_fixed_and_the_logarithmic_one_at_4096(perplexity):
     laws = (NCConfig(2.0, 0.5, **TOPK), LogConfig(6.4, **TOPK), NCConfig(64, **TOPK))
     assert [law.budget(1024) for law in laws] == [64, 64, 64]
-    growing, logarithmic, fixed = (perplexity("recall", 4096, law, 1) for law in laws)
+    growing, logarithmic, fixed = (perplexity("recall", 4096, law) for law in laws)
     assert growing < logarithmic
     assert growing < fixed
 
