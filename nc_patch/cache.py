@@ -143,13 +143,14 @@ class KeyIndexMixin:
 
     def nc_settle(self) -> None:
         """Takes note that the indexes belong to the keys as they are now."""
-        if self.keys is not None:
+        keys = self.keys
+        if keys is not None:
             if self._nc_moved is not None:
                 for index in self.nc_indexes.values():
-                    index.to(self.keys.device)
+                    index.to(keys.device)
                 self._nc_moved = None
             if self.nc_indexes:
-                keys, values = self.keys, self.values
+                values = self.values
                 self._nc_seen = (weakref.ref(keys), weakref.ref(values), _state(keys, values))
 
     def offload(self) -> None:
