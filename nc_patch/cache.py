@@ -140,8 +140,9 @@ class KeyIndexMixin:
 
     def nc_settle(self) -> None:
         """Takes note that the indexes belong to the keys as they are now."""
-        if self.keys is not None and self.nc_indexes:
-            keys, values = self.keys, self.values
+        keys = self.keys
+        if keys is not None and self.nc_indexes:
+            values = self.values
             self._nc_seen = (weakref.ref(keys), weakref.ref(values), _state(keys, values))
 
     def offload(self) -> None:

@@ -143,13 +143,13 @@ def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool,
     index = torch.arange(padding.shape[-1], device=padding.device)
     first = torch.where(padding, index, padding.shape[-1]).amin(-1, keepdim=True)
     stop = torch.where(padding, index + 1, 0).amax(-1, keepdim=True)
-    count = padding.sum(-1, keepdim=True)
+    whole = (padding.sum(-1, keepdim=True) == (stop - first).clamp(min=0)).all()
     if torch.compiler.is_compiling() or is_capturing(padding):
-        torch._assert_async((count == (stop - first).clamp(min=0)).all(), _HOLES)
+        torch._assert_async(whole, _HOLES)
         return first, stop, True, None
-    rows = torch.cat((first, stop, count), 1).tolist()  # the device is waited for once
-    whole = all(tokens == max(last - begin, 0) for begin, last, tokens in rows)
-    return first, stop, whole, tuple(begin for begin, *_ in rows) if any(begin for begin, *_ in rows) else ()
+    # In this order: for what vmap maps over PyTorch's refusal to make a bool is the clear one.
+    is_whole, begins = bool(whole), tuple(first.flatten().tolist())
+    return first, stop, is_whole, begins if any(begins) else ()
 
 
 def _refuse_right_padding(padding: torch.Tensor) -> None:
