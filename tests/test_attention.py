@@ -24,7 +24,7 @@ EACH = pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("way", WAYS)
 def test_random_cases_equal_the_reference(way):
-    for seed, dtype in enumerate([*TOLERANCE] * 8):
+    for seed, dtype in enumerate([*TOLERANCE] * 16):
         case = random_case(seed, 300 if way == "block" else 150, dtype, decode=WAYS[way].index is not None)
         expected = case.reference(way)
         for backend, stats in itertools.product(INSTALLED, (True, False)):
