@@ -99,7 +99,7 @@ def scan_kernel(
         )  # fmt: skip
         entries = entries_of(scratch, splits, segment, listed)
         tile_rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, scored.BLOCK_M)
-        keys = head_of(key, rows.batch, rows.kv_head)
+        keys = head_of(key, tile_rows.batch, tile_rows.kv_head)
         collect(
             query, keys, tile_rows, entries, scratch, again, sink_keys, recent_keys, splits * segment, scored, BOUNDS
         )
