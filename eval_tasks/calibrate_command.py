@@ -16,7 +16,7 @@ from eval_tasks.store import check_out
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch.calibration import calibrate as defaults
 from nc_patch.calibration.calibrate import calibrate
-from nc_patch.calibration.profile import checked_count, checked_layers, checked_number
+from nc_patch.calibration.profile import checked_count, checked_fraction, checked_layers
 from nc_patch.common import ProfileError, UnsupportedModelError
 from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 from nc_patch.patch import model_shape
@@ -63,10 +63,10 @@ def _check_budget(arguments: argparse.Namespace) -> None:
         if arguments.at is None and arguments.dense_below is None:
             return
         raise EvalError("--at and --dense-below say how the budget of --fraction is counted: give that too")
-    fraction = checked_number("fraction", arguments.fraction)
+    fraction = checked_fraction("fraction", arguments.fraction)
     ends = arguments.lengths if arguments.at is None else [checked_count("n", arguments.at)]
     below = NCConfig(1.0).dense_below if arguments.dense_below is None else arguments.dense_below
-    dense = [min(n, checked_count("dense_below", below, 0)) for n in ends]
+    dense = [min(n, checked_count("dense_below", below, least=0)) for n in ends]
     least = sum(n * (n + 1) for n in dense) / max(1, sum(n * (n + 1) for n in ends))
     if fraction < least:
         raise EvalError(

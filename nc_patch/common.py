@@ -111,24 +111,26 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     return value
 
 
-def check_integer(name: str, value: Any, least: int) -> int:
-    """A setting as an int; raises TypeError or ValueError unless it is one, at least ``least`` and within 32 bits."""
+def check_integer(name: str, value: Any, least: int, error: type[Exception] | None = None) -> int:
+    """A setting as an int; raises TypeError or ValueError, or ``error``, unless it is from ``least`` to 2**31 - 1."""
     found = as_integer(value)
     if found is None:
-        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+        raise (error or TypeError)(f"{name} must be an integer, got {shown(value)}")
     if not least <= found <= LARGEST_INTEGER:
         bound = f"at least {least}" if found < least else f"at most {LARGEST_INTEGER}"
-        raise ValueError(f"{name} must be {bound}, got {shown(value)}")
+        raise (error or ValueError)(f"{name} must be {bound}, got {shown(value)}")
     return found
 
 
-def check_number(name: str, value: Any, allowed: str, ok: Callable[[float], bool]) -> float:
-    """A setting as a float; raises TypeError or ValueError unless it is one and ``ok``, which ``allowed`` says."""
+def check_number(
+    name: str, value: Any, allowed: str, ok: Callable[[float], bool], error: type[Exception] | None = None
+) -> float:
+    """A setting as a float; raises as ``check_integer`` unless it is ``ok``, which ``allowed`` says in words."""
     found = as_number(value)
     if found is None:
-        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+        raise (error or TypeError)(f"{name} must be {allowed}, got {shown(value)}")
     if not abs(found) <= sys.float_info.max or not ok(float(found)):
-        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+        raise (error or ValueError)(f"{name} must be {allowed}, got {shown(value)}")
     return float(found)
 
 

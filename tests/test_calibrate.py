@@ -177,8 +177,8 @@ def test_texts_are_cut_evenly_and_do_not_overlap():
         ({"lengths": [64, 1.5]}, "lengths must be a list"),
         ({"target": 1.0}, "target must be a number in .0, 1., got 1.0"),
         ({"eps": (0.0,)}, "eps must be a number in .0, 1."),
-        ({"pieces": 0}, "pieces must be an integer of at least 1"),
-        ({"rows": 0}, "rows must be an integer of at least 1"),
+        ({"pieces": 0}, "pieces must be at least 1, got 0"),
+        ({"rows": 0}, "rows must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_before_any_work(arguments, message, monkeypatch):

@@ -67,7 +67,7 @@ def test_the_heads_that_are_not_sparse_are_named():
     [
         (("--lengths", "64"), "at least two different numbers of tokens"),
         (("--at", "64"), "--at and --dense-below say how the budget of --fraction is counted"),
-        (("--fraction", "0.1", "--dense-below", "-1"), "dense_below must be an integer of at least 0, got -1"),
+        (("--fraction", "0.1", "--dense-below", "-1"), "dense_below must be at least 0, got -1"),
         (("--fraction", "0.1", "--dense-below", "64"), "attend 0.432 of all keys, and --fraction is 0.1"),
         (("--fraction", "1e-3", "--at", "128"), "no budgets attend 0.001 of the keys"),
         (("--dense-layers", "9"), "dense_layers must be a list of layers from 0 to 2"),

@@ -146,7 +146,7 @@ def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(
     ("further", "message"),
     [
         (("--fraction", "2"), "fraction must be a number"),
-        (("--fraction", "0.1", "--at", "0"), "n must be an integer of at least 1"),
+        (("--fraction", "0.1", "--at", "0"), "n must be at least 1, got 0"),
     ],
 )
 def test_calibrate_sees_before_it_measures_that_its_budget_is_none(arguments_of, capsys, unmeasured, further, message):

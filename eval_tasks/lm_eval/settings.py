@@ -46,7 +46,7 @@ def read_settings(task: str, given: Mapping[str, Any], **numbers: int) -> Settin
     where a value is out of range, both names of the lengths are given, or no tokenizer is named.
     """
     chosen = {name: checked_count(name, given.get(name, default)) for name, default in numbers.items()}
-    seed, model = checked_count("seed", given.get("seed", 0), 0), located(given)
+    seed, model = checked_count("seed", given.get("seed", 0), least=0), located(given)
     tokenizer = _tokenizer_of(model, task)
     lengths = _lengths_of(given, _max_length_of(model, tokenizer))
     count, text = counter(tokenizer, model.get("add_bos_token")), given.get("text", PYTHON_REFERENCE)
@@ -95,7 +95,7 @@ def _lengths_of(given: Mapping[str, Any], limit: int | None) -> tuple[int, ...]:
     if not found:
         raise EvalError(f"lengths must be a list of integers, of at most the {limit} positions of the model")
     each = found if isinstance(found, list | tuple) else [found]
-    lengths = ascending([checked_count("lengths", n, 2) for n in each])
+    lengths = ascending([checked_count("lengths", n, least=2) for n in each])
     if limit is not None and lengths[-1] > limit:
         raise EvalError(f"lengths {[n for n in lengths if n > limit]} exceed the {limit} positions of the model")
     return lengths

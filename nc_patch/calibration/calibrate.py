@@ -14,7 +14,7 @@ from tqdm import tqdm
 from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.calibration.fit import fit_power_laws, significant
 from nc_patch.calibration.measure import Piece, Plan, measure_piece
-from nc_patch.calibration.profile import Profile, checked_count, checked_number
+from nc_patch.calibration.profile import Profile, checked_count, checked_share
 from nc_patch.common import ProfileError, as_integer, plain, shown
 from nc_patch.families import attention_modules
 from nc_patch.patch import model_shape
@@ -68,10 +68,10 @@ def calibrate(
             f"lengths must be a list of at least two different numbers of tokens, each at least {SHORTEST}, got "
             f"{lengths!r}; for example {list(DEFAULT_LENGTHS)}"
         )
-    missing = [checked_number("eps", share, below=True) for share in eps]
-    missing.append(1 - checked_number("target", target, below=True))
+    missing = [checked_share("eps", share) for share in eps]
+    missing.append(1 - checked_share("target", target))
     shares = tuple(sorted({round(share, 9) for share in missing}))
-    plan = Plan(tuple(ordered), checked_count("rows", rows), shares, checked_count("seed", seed, 0))
+    plan = Plan(tuple(ordered), checked_count("rows", rows), shares, checked_count("seed", seed, least=0))
     without = sorted(set(range(model_shape(model)[0])) - {layer for layer, _ in attention_modules(model)})
     if without:
         raise ProfileError(

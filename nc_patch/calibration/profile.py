@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from nc_patch.budget import budgets, law_values
 from nc_patch.calibration.allocate import Demand, Laws, allocate
 from nc_patch.calibration.fingerprint import weights_fingerprint
 from nc_patch.calibration.fit import Fit, theil_sen
-from nc_patch.common import ProfileError, as_integer, as_number, logger, plain, replace_file, shown
+from nc_patch.common import ProfileError, as_integer, check_integer, check_number, logger, plain, replace_file, shown
 from nc_patch.config import NCConfig
 from nc_patch.patch import model_shape
 
@@ -24,6 +24,10 @@ Over = Literal["sequence", "last"]
 FORMAT = 1
 # A head that needs more than this share of all keys at the longest length is not sparse.
 SPARSE_BELOW = 0.5
+
+checked_count = partial(check_integer, least=1, error=ProfileError)
+checked_share = partial(check_number, allowed="a number in (0, 1)", ok=lambda v: 0 < v < 1, error=ProfileError)
+checked_fraction = partial(check_number, allowed="a number in (0, 1]", ok=lambda v: 0 < v <= 1, error=ProfileError)
 
 _ANY, _SHARE, _COUNT, _POSITIVE = (0, math.inf), (0, 1), (1, math.inf), (math.ulp(0.0), math.inf)
 # The fields of a file: kind of NumPy's dtype, shape (L lengths, M layers, H query heads, G numbers of keys), range.
@@ -162,15 +166,15 @@ class Profile:
             raise ProfileError(f'over must be "sequence" or "last", got {over!r}')
         dense = self._dense(dense_layers)
         min_keys = checked_count("min_keys", min_keys)
-        below = NCConfig(1.0).dense_below if dense_below is None else checked_count("dense_below", dense_below, 0)
+        below = NCConfig(1.0).dense_below if dense_below is None else checked_count("dense_below", dense_below, least=0)
         ends = self.lengths if n is None else (checked_count("n", n),)
         rows = np.array(ends) if over == "last" else np.concatenate([np.arange(1, end + 1) for end in ends])
         if keys is not None:
-            keys = checked_number("keys", keys, math.inf)
+            keys = check_number("keys", keys, "a positive number", lambda v: v > 0, ProfileError)
             seen = np.mean([np.minimum(rows, window or np.inf).mean() for window in self.windows])
             fraction, asked = min(float(keys / seen), 1.0), f"{keys:g} keys"
         else:
-            fraction = checked_number("fraction", fraction)
+            fraction = checked_fraction("fraction", fraction)
             asked = f"{100 * fraction:g} % of the keys"
         laws = allocate(self._demand, rows, np.array(self.windows), fraction, dense, (min_keys, below), self.lengths)
         where = "over all calibrated lengths" if n is None else f"at {ends[0]:,} tokens"
@@ -182,7 +186,7 @@ class Profile:
         Raises:
             ProfileError: ``mass`` is out of range.
         """
-        mass = checked_number("mass", mass, below=True)
+        mass = checked_share("mass", mass)
         log_keys = np.empty(self.kept.shape[:-1])
         for at in np.ndindex(*log_keys.shape):
             keys, kept = self._curve(*at)
@@ -310,22 +314,6 @@ def checked_layers(given: Any, layers: int) -> tuple[int, ...]:
     if not found <= set(range(layers)):
         raise ProfileError(f"dense_layers must be a list of layers from 0 to {layers - 1}, got {shown(given)}")
     return tuple(layer for layer in range(layers) if layer in found)
-
-
-def checked_count(name: str, value: Any, least: int = 1) -> int:
-    """The value as an int; raises ProfileError unless it is an integer of at least ``least``."""
-    found = as_integer(value)
-    if found is None or found < least:
-        raise ProfileError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return found
-
-
-def checked_number(name: str, value: Any, most: float = 1.0, *, below: bool = False) -> float:
-    """The value as a float; raises ProfileError unless it is in (0, most], or with ``below`` in (0, most)."""
-    found = as_number(value)
-    if found is None or not 0 < found <= most or (below and found == most):
-        raise ProfileError(f"{name} must be a number in (0, {most:g}{')' if below else ']'}, got {value!r}")
-    return float(found)
 
 
 def _checked(what: str, values: Any, kind: type, sides: dict[str, int]) -> dict[str, Any]:
