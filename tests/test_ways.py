@@ -206,14 +206,15 @@ def test_generating_after_right_padding_is_refused_as_it_would_leave_a_hole(opti
         generated(small(), ways.right_padded(rows_of(3)), **options)
 
 
+@pytest.mark.parametrize("new_cache", [ways.dynamic_cache, ways.static_cache])
 @pytest.mark.parametrize("cut", [100, 117, 118, 149])
-def test_a_piece_of_at_most_32_tokens_that_continues_a_cache_decodes_and_a_longer_one_is_prefill(cut):
+def test_a_piece_of_at_most_32_tokens_that_continues_a_cache_decodes_and_a_longer_one_is_prefill(cut, new_cache):
     dense, ids = tiny_model("llama"), random_ids(1, 150)
     model = patch_model(tiny_model("llama"), *ways.SMALL, prefill="dense", decode="topk")
     with torch.inference_mode():
         expected, found = [], []
         for each, results in ((dense, expected), (model, found)):
-            cache = DynamicCache()
+            cache = new_cache(model.config)
             results.extend(each(piece, past_key_values=cache).logits for piece in (ids[:, :cut], ids[:, cut:]))
     assert_close(found[0], expected[0])
     assert torch.allclose(found[1], expected[1], atol=2e-5, rtol=0) == (150 - cut > MAX_DECODE_QUERIES)
