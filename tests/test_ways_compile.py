@@ -3,31 +3,27 @@
 import pytest
 import torch
 import transformers
+import ways
 from tiny_models import random_ids, tiny_model
 from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, StaticCache
-from ways import (
-    CHOICES,
-    SETTINGS,
-    assert_close,
-    boundaries,
-    families_and_settings,
-    full_and_small,
-    generated,
-    left_padded,
-    rows_of,
-    small,
-    with_holes,
-)
+from ways import assert_close, full_and_small, generated, small
 
 from nc_patch import sparse_attention
 
-# Compiling takes most of the time: no more layers than a family has kinds of, and the index makes no other graphs.
+# Compiling takes most of the time: no more layers than a family has kinds of. The index makes no other graphs; calls of
+# few keys do.
 LAYERS = {"gemma2": 2, "gpt_oss": 2}
-PLAIN = {name: settings for name, settings in SETTINGS.items() if name != "topk by codes"}
+PLAIN = {name: settings | {"dense_below": 0} for name, settings in ways.SETTINGS.items() if name != "topk by codes"}
 EACH_PLAIN = pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN)
 COMPILED = ("topk", "unasked")  # in the wide sweep over families
+
+
+def in_the_wide_sweep_but_the_last(name, *values):
+    """All values of an argument; those that are not the last are left to the wide sweep."""
+    *others, last = values
+    return pytest.mark.parametrize(name, [*(pytest.param(each, marks=pytest.mark.wide) for each in others), last])
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +35,7 @@ def whole(model, backend="aot_eager"):
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
-@families_and_settings(("llama", "topk"), ("gemma2", "unasked"), names=COMPILED)
+@ways.families_and_settings(("gemma2", "unasked"), names=COMPILED)
 def test_compiled_prompts_of_many_lengths_equal_dense_and_eager_ones_and_share_their_graphs(family, settings):
     for model, reference in full_and_small(family, LAYERS.get(family, 1), **settings):
         torch._dynamo.reset()
@@ -49,14 +45,15 @@ def test_compiled_prompts_of_many_lengths_equal_dense_and_eager_ones_and_share_t
         with torch.inference_mode():
             for ids in (random_ids(2, length) for length in lengths):
                 assert_close(*(each(ids, use_cache=False).logits for each in (compiled, reference)))
-        assert frames.frame_count == min(2, len(lengths))  # the first length is taken for a constant
+        # The first length is taken for a constant, and few keys take a graph of their own.
+        assert frames.frame_count == min(2 + ("dense_below" in settings), len(lengths))
 
 
 @pytest.mark.parametrize("kind", ["positions", "cu_seq_lens"])
 def test_a_compiled_call_splits_packed_sequences(kind):
     rows, model = [random_ids(21), random_ids(34)], small(layers=1)
     with torch.inference_mode():
-        found = whole(model)(torch.cat(rows)[None], use_cache=False, **boundaries(kind, [21, 34])).logits[0]
+        found = whole(model)(torch.cat(rows)[None], use_cache=False, **ways.boundaries(kind, [21, 34])).logits[0]
         assert_close(found, torch.cat([model(row[None]).logits[0] for row in rows]))
 
 
@@ -75,7 +72,7 @@ def generated_by_compiled_steps(model, ids):
     return found, len(graphs)
 
 
-@families_and_settings(("llama", "unasked"), names=COMPILED)
+@ways.families_and_settings(("llama", "unasked"), names=COMPILED)
 def test_generate_compiles_itself_on_a_static_cache(family, settings):
     ids = random_ids(2, 40)
     _, graphs_of_dense = generated_by_compiled_steps(tiny_model(family, num_hidden_layers=LAYERS.get(family, 1)), ids)
@@ -86,9 +83,10 @@ def test_generate_compiles_itself_on_a_static_cache(family, settings):
         assert graphs == graphs_of_dense  # a step is not compiled anew
 
 
-@pytest.mark.parametrize("options", CHOICES[1:], ids=str)
+@pytest.mark.parametrize("options", [ways.TOPK | {"key_index": "always"}, ways.BLOCKS, ways.UNASKED], ids=str)
 def test_a_compiled_step_keeps_the_index_of_a_static_cache(options):
-    model, ids = small(layers=1, backend="torch", **options), random_ids(1, 60)
+    # After ten steps a row sees more keys than it attends whatever the law.
+    model, ids = small(layers=1, backend="torch", **options, dense_below=70), random_ids(1, 60)
     frames, cache = CompileCounterWithBackend("aot_eager"), StaticCache(config=model.config, max_cache_len=90)
     with torch.inference_mode():
         expected = model.generate(ids, max_new_tokens=24, do_sample=False)
@@ -123,16 +121,16 @@ def test_a_compiled_call_refuses_a_padding_mask_with_holes():
             compiled(ids, attention_mask=mask, use_cache=False)
 
 
-@pytest.mark.parametrize("selection", ["topk", pytest.param("window", marks=pytest.mark.wide), "block"])
+@in_the_wide_sweep_but_the_last("selection", "topk", "window", "block")
 def test_a_compiled_static_cache_takes_holes_that_were_there_from_the_first_call(selection):
-    model, batch = small(layers=1, selection=selection, block_size=16), with_holes(rows_of(3, shortest=30))
+    model, batch = small(layers=1, selection=selection, block_size=16), ways.with_holes(ways.rows_of(3, shortest=30))
     eager = generated(model, batch, cache_implementation="static")
     model.forward = whole(model.forward)
     assert torch.equal(generated(model, batch, cache_implementation="static"), eager)
 
 
 def test_a_compiled_call_refuses_holes_that_come_once_the_cache_has_an_index():
-    model, batch = small(layers=1, selection="block"), left_padded(rows_of(3))
+    model, batch = small(layers=1, selection="block"), ways.left_padded(ways.rows_of(3))
     length = batch["input_ids"].shape[1]
     cache = StaticCache(config=model.config, max_cache_len=80)
     with torch.inference_mode():
@@ -159,9 +157,7 @@ def exported(function, inputs, shapes, model=None):
     return torch.export.export(call, tuple(inputs), dynamic_shapes=(shapes,)).module()
 
 
-@pytest.mark.parametrize(
-    "settings", [*PLAIN.values(), pytest.param({"family": "gemma2", "layers": 2}, marks=pytest.mark.wide)]
-)
+@in_the_wide_sweep_but_the_last("settings", {"family": "gemma2", "layers": 2}, *PLAIN.values())
 def test_an_exported_model_takes_every_length_from_two_on(settings):
     model, length = small(**{"layers": 1} | settings), torch.export.Dim("length", min=2, max=8192)
     logits = lambda ids: model(ids, use_cache=False).logits  # noqa: E731

@@ -8,7 +8,7 @@ import torch
 from tiny_models import random_ids, tiny_model
 from torch.utils.data import DataLoader
 from transformers import DynamicCache, Trainer, TrainingArguments
-from ways import CHOICES, EACH_FAMILY, EACH_FAMILY_AND_SETTING, EACH_SETTING, attended_fraction, full, small
+from ways import EACH_FAMILY, EACH_FAMILY_AND_SETTING, EACH_SETTING, attended_fraction, full, small
 
 from nc_patch import KeyIndex, forget_index, is_patched, nc_stats, sparse_attention, unpatch_model
 
@@ -118,9 +118,9 @@ def test_a_small_budget_under_autocast_generates_and_trains_alike_in_every_way(s
         torch.testing.assert_close(gradients(model, ids, forward=autocast, **how), expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("options", CHOICES, ids=str)
-def test_a_cache_filled_under_autocast_goes_on_outside_it_with_an_index_of_its_keys(options):
-    model, ids, cache = small(**options), random_ids(1, 73), DynamicCache()
+@EACH_SETTING
+def test_a_cache_filled_under_autocast_goes_on_outside_it_with_an_index_of_its_keys(settings):
+    model, ids, cache = small(**settings), random_ids(1, 73), DynamicCache()
     with torch.no_grad():
         with autocast(torch.float16):
             model(ids[:, :70], past_key_values=cache)

@@ -23,14 +23,15 @@ TOPK = {"selection": "topk"}
 # What patch_model does unasked, with query blocks and local keys of which a tiny model's prompt holds several.
 UNASKED = {"query_block_size": 32, "local_keys": 0}
 BLOCKS = {"selection": "block", "block_size": 16}
-# Every kind of index, and none.
-CHOICES = (TOPK, TOPK | {"key_index": "always"}, BLOCKS, UNASKED)
+# Rows that see no more keys attend them all in some settings, and calls of such rows alone run dense: the sequences of
+# all tests cross this border.
+BORDER = {"dense_below": 13}
 SETTINGS: dict[str, dict[str, Any]] = {
     "topk": TOPK,
-    "topk by codes": TOPK | {"key_index": "always", "tail": "drop"},
-    "window": {"selection": "window"},
+    "topk by codes": TOPK | BORDER | {"key_index": "always", "tail": "drop"},
+    "window": {"selection": "window"} | BORDER,
     "blocks": BLOCKS,
-    "unasked": UNASKED,
+    "unasked": UNASKED | BORDER,
 }
 # Where each query chooses for itself, alike in prefill and decoding, a sequence may be cut anywhere.
 CUT_ANYWHERE = ("topk", "topk by codes", "window")
