@@ -7,10 +7,10 @@ columns. Runs of keys longer than a piece are attended piece by piece, with a ru
 from typing import NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
 from nc_patch.ops.cpu import rows, vectors
-from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
+from nc_patch.ops.cpu.launch import memory_of
+from nc_patch.ops.cpu.llvm import COLUMNS, TILE_ROWS
 from nc_patch.ops.cpu.rows import INF, compiled, padded
 from nc_patch.ops.cpu.vectors import f32, fill, i32, product, set_f32, set_i32
 
@@ -33,16 +33,15 @@ class Columns(NamedTuple):
     row: int
 
 
-@register_jitable
-def room_of(D, width):
-    """Floats of each of ``Columns``."""
-    return (COLUMNS * D, COLUMNS * 4, COLUMNS * PIECE, COLUMNS * width, COLUMNS, COLUMNS, COLUMNS, padded(D) + LANES)
+def sizes(D: int, width: int) -> list[int]:
+    """Floats of each of ``Columns``, the first arrays of a launch."""
+    return [COLUMNS * D, COLUMNS * 4, COLUMNS * PIECE, COLUMNS * width, COLUMNS, COLUMNS, COLUMNS, padded(D)]
 
 
 @compiled
-def columns_at(p, room):
-    """The columns that have memory from ``room`` on; all are zero and see nothing."""
-    at = Columns(*vectors.addresses(room, room_of(p.D, p.width)))
+def columns_at(p, scratch):
+    """Columns that are all zero and see nothing."""
+    at = Columns(*memory_of(p, scratch)[:8])
     fill(at.queries, COLUMNS * p.D, np.float32(0))
     fill(at.limits, COLUMNS * 4, np.float32(0))
     return at
@@ -158,7 +157,7 @@ def write_column(p, at, column, row, attended):
         shift, kept = f32(at.shifts, column), f32(at.sums, column)
         rows.write_log_sums(p, row, shift, kept, kept)
         factor = np.float32(1.0 / (kept + rows.sink_share(p, row, shift)))
-    rows.write_output(p, row, source, factor, at.row)
+    rows.write_output(p, row, source, factor)
 
 
 @compiled

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from nc_patch.ops.cpu.vectors import add_to, call
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-@functools.cache
 def _sources() -> str:
-    """A digest of the sources of all kernels."""
+    """A name for the sources of all kernels."""
     package = Path(__file__).parent.parent.parent
     found = hashlib.sha256()
     for path in sorted([*package.glob("ops/cpu/*.py"), *package.glob("selections/**/cpu*.py")]):
         found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+    return f"sources_{found.hexdigest()[:16]}"
 
 
 # What kernels may be told. All have one record of it, so that they share compiled functions. The first fields are what
@@ -44,13 +43,15 @@ _TENSORS = ("query", "key", "value", "output", "codes", "scales", "mean_key", "m
 _STEPS = {name: [f"{name}_{step}" for step in "bhn"] for name in _TENSORS}
 _INTEGERS = """
     visible origin budget budget_b budget_h sinks kind new group heads Lq N D Dv width lse lse_kept attended panels
-    rows first queries sink_keys recent_keys columns slots size room most count mean_count
-    plan blocks law recent samples widest table table_b pages key_block key_row value_block value_row estimates
+    rows first queries sink_keys recent_keys columns slots size room count mean_count plan blocks law recent samples
+    table table_b pages key_block key_row value_block value_row estimates
     residuals center spread coded bounds bounds_n first_new
 """
+# Where the arrays of a launch lie in scratch memory, in bytes.
+_ARRAYS = [f"array{number}" for number in range(14)]
 _FLOATS = ("factor", "scale", "softcap", "per_scale")
 # What is kept on the disk depends on the sources of all kernels, as its key has the record's fields.
-_FIELDS = [*_HEADER, *_TENSORS, *chain(*_STEPS.values()), *_INTEGERS.split(), f"sources_{_sources()}", *_FLOATS]
+_FIELDS = [*_HEADER, *_TENSORS, *chain(*_STEPS.values()), *_INTEGERS.split(), *_ARRAYS, _sources(), *_FLOATS]
 _NOTHING = dict.fromkeys(_FIELDS, 0)
 _PACKED = struct.Struct(f"{len(_FIELDS) - len(_FLOATS)}q{len(_FLOATS)}d")
 _ARGUMENTS = types.CPointer(numba.from_dtype(np.dtype([(name, "f8" if name in _FLOATS else "i8") for name in _FIELDS])))
@@ -69,18 +70,13 @@ class Kernel:
     def _address(self) -> int:
         return _compile(self._function, _ARGUMENTS, types.int64, types.int64)
 
-    def __call__(self, items: int, floats: int = 0, **arguments: Any) -> None:
-        """Runs ``items`` items; each thread has scratch memory of so many floats, which begins at a multiple of 64."""
+    def __call__(self, items: int, arrays: Sequence[int] = (), **arguments: Any) -> None:
+        """Runs ``items`` items; each thread has scratch memory for arrays of so many floats, see ``memory_of``."""
         if items <= 0:
             return
         threads = 1 if os.getpid() != _PROCESS else min(items, torch.get_num_threads())
-        scratch = -(-4 * floats // 4096) * 4096 + 64
-        memory = torch.empty(threads * scratch, dtype=torch.uint8, device="cpu")
-        record = ctypes.create_string_buffer(_PACKED.size)
-        here = ctypes.addressof(record)
-        launch = {"items": items, "memory": memory, "scratch": scratch, "function": self._address, "here": here}
-        values = _NOTHING.copy()
-        for name, value in (arguments | launch).items():
+        values, end = _NOTHING.copy(), 0
+        for name, value in arguments.items():
             if not isinstance(value, torch.Tensor):
                 values[name] = value or 0
                 continue
@@ -88,9 +84,24 @@ class Kernel:
             if name in _STEPS:
                 size = value.element_size()
                 values.update(zip(_STEPS[name], [step * size for step in value.stride()], strict=False))
+        for name, floats in zip(_ARRAYS, arrays, strict=False):
+            values[name], end = end, end + -(-floats // 16) * 64
+        scratch = -(-end // 4096) * 4096 + 64
+        memory = torch.empty(threads * scratch, dtype=torch.uint8, device="cpu")
+        record = ctypes.create_string_buffer(_PACKED.size)
+        values |= {"items": items, "memory": memory.data_ptr(), "scratch": scratch, "function": self._address}
+        values["here"] = here = ctypes.addressof(record)
         _PACKED.pack_into(record, 0, *values.values())
         run = _gomp_parallel() if threads > 1 else _alone
         run(_loop(), here, threads, 0)
+
+
+@numba.njit(nogil=True)
+def memory_of(p, scratch):
+    """The addresses of the arrays that a launch has asked for; each begins at a multiple of 64."""
+    return (scratch + p.array0, scratch + p.array1, scratch + p.array2, scratch + p.array3, scratch + p.array4,
+            scratch + p.array5, scratch + p.array6, scratch + p.array7, scratch + p.array8, scratch + p.array9,
+            scratch + p.array10, scratch + p.array11, scratch + p.array12, scratch + p.array13)  # fmt: skip
 
 
 # OpenMP's threads do not live on in a forked process, where a parallel region would wait for them for ever.

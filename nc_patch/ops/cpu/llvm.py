@@ -24,6 +24,7 @@ TILE_ROWS = 8 if _WIDE else 2
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
+_ELEMENTS = (F32, I16, ir.HalfType(), I8)
 _BYTES = {"float": 4, "half": 2, "i8": 1, "i16": 2, "i32": 4}
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 TILE_FLOATS, TILE_INTS = ir.VectorType(F32, COLUMNS), ir.VectorType(I32, COLUMNS)
@@ -130,18 +131,20 @@ def largest_lane(b: Builder, vector: Value) -> Value:
     return _folded(b, vector, lambda x, y: larger(b, x, y))
 
 
+def lanes_of(kind: Any, lanes: int) -> Any:
+    """A type, or the vector of so many of it."""
+    return ir.VectorType(kind, lanes) if lanes > 1 else kind
+
+
 def as_floats(b: Builder, address: Value, index: Value | int, kind: int, lanes: int = LANES) -> Value:
     """16 elements, or one, from an array's ``index`` on: of float32 (0), bfloat16 (1), float16 (2) or int8 (3)."""
-    half, word, floats, byte, short = (
-        ir.VectorType(one, lanes) if lanes > 1 else one for one in (ir.HalfType(), I32, F32, I8, I16)
-    )
-    if kind == 0:
-        return load(b, address, index, floats)
+    read = load(b, address, index, lanes_of(_ELEMENTS[kind], lanes))
+    floats, words = lanes_of(F32, lanes), lanes_of(I32, lanes)
     if kind == 1:
-        return b.bitcast(b.shl(b.zext(load(b, address, index, short), word), constant(word, 16)), floats)
+        return b.bitcast(b.shl(b.zext(read, words), constant(words, 16)), floats)
     if kind == 2:
-        return b.fpext(load(b, address, index, half), floats)
-    return b.sitofp(b.sext(load(b, address, index, byte), word), floats)
+        return b.fpext(read, floats)
+    return read if kind == 0 else b.sitofp(b.sext(read, words), floats)
 
 
 # LLVM 20 unrolls some loops as if they ran twice at least. What must not be moved to other threads is not unrolled.
@@ -170,6 +173,18 @@ def loop(
     b.branch(head)
     b.position_at_end(after)
     return values
+
+
+def each(b: Builder, count: Value, body: Callable[[Value, int], None]) -> None:
+    """Runs ``body(index, lanes)`` for whole vectors of ``count`` elements, and then for one element after the other."""
+    whole = whole_vectors(b, count)
+    loop(b, whole, LANES, [], lambda i: body(i, LANES))
+    loop(b, b.sub(count, whole), 1, [], lambda i: body(b.add(whole, i), 1))
+
+
+def whole_vectors(b: Builder, count: Value) -> Value:
+    """``count``, rounded down to whole vectors."""
+    return b.and_(count, constant(I64, -LANES))
 
 
 # 2 ** x for x in [-0.5, 0.5], by interpolation at Chebyshev's points: to 1e-7.
@@ -230,26 +245,32 @@ def compress(b: Builder, mask: Value, pairs: Sequence[tuple[Value, Value]], inde
     return count
 
 
-# What the arguments of an instruction are: an int64, of which addresses are some; a float32; a pair of int64, the
-# address of rows and the bytes from one to the next; and an integer that is known when the instructions are written.
-Int, Float, Rows, Known = NewType("Int", int), NewType("Float", float), NewType("Rows", tuple), NewType("Known", int)
-# What elements are, which is known when the instructions run: float32 (0), bfloat16 (1) or float16 (2); or int8 (3).
-Kind, AnyKind = NewType("Kind", int), NewType("AnyKind", int)
+# What an argument of an instruction is: an int64, of which addresses are some; a float32; the address of rows and the
+# bytes from one to the next; an integer that is known when the instructions are written.
+Int = NewType("Int", int)
+Float = NewType("Float", float)
+Rows = NewType("Rows", tuple)
+Known = NewType("Known", int)
+# Or, as the last, one that is known when they run: what elements are, float32 (0), bfloat16 (1) or float16 (2); that or
+# int8 (3); or how many rows.
+Kind = NewType("Kind", int)
+AnyKind = NewType("AnyKind", int)
+Few = NewType("Few", int)
 
-_TYPES = {Int: types.int64, Kind: types.int64, AnyKind: types.int64, Float: types.float32, None: types.void}
-_VARIANTS = {Kind: 3, AnyKind: 4}
+_VARIANTS = {Kind: (0, 1, 2), AnyKind: (0, 1, 2, 3), Few: (1, 2, 4)}
+_TYPES = {Int: types.int64, Float: types.float32, None: types.void} | dict.fromkeys(_VARIANTS, types.int64)
 
 
 def instruction(write: Callable[..., Any]) -> Any:
     """Decorator that makes a function for compiled code of one that writes LLVM's instructions.
 
-    The annotations say what its arguments are, after the builder. Where the last is a ``Kind``, instructions are
-    written for each kind, and those of the right one run.
+    The annotations say what its arguments are, after the builder. Where the last is known when they run, instructions
+    are written for each number that it may be, and the right ones run.
     """
     annotations = dict(write.__annotations__)
     result = _TYPES[annotations.pop("return")]
     kinds = list(annotations.values())[1:]
-    variants = _VARIANTS.get(kinds[-1], 0)
+    variants = _VARIANTS.get(kinds[-1])
 
     def as_written(context: Any, b: Builder, kind: Any, got: Any, value: Value) -> Any:
         if kind is Known:
@@ -265,7 +286,7 @@ def instruction(write: Callable[..., Any]) -> Any:
 
         def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             given = [as_written(context, builder, *each) for each in zip(kinds, wanted, values, strict=True)]
-            found = _by_kind(builder, write, given, variants) if variants else write(builder, *given)
+            found = _one_of(builder, write, given, variants) if variants else write(builder, *given)
             return context.get_dummy_value() if result is types.void else found
 
         return result(*wanted), lower
@@ -273,15 +294,15 @@ def instruction(write: Callable[..., Any]) -> Any:
     return intrinsic(prefer_literal=Known in kinds)(typing)
 
 
-def _by_kind(b: Builder, write: Callable[..., Any], given: Sequence[Value], kinds: int) -> Value | None:
-    """What ``write`` returns of the arguments ``given``, the last of which is a kind below ``kinds``."""
-    after, blocks = b.append_basic_block("after"), [b.append_basic_block(f"kind{kind}") for kind in range(kinds)]
-    switch, found = b.switch(given[-1], blocks[0]), []
-    for kind, block in enumerate(blocks):
-        if kind:
-            switch.add_case(constant(I64, kind), block)
+def _one_of(b: Builder, write: Callable[..., Any], given: Sequence[Value], variants: Sequence[int]) -> Value | None:
+    """What ``write`` returns of ``given``, the last of which is one of ``variants``; any other number is the last."""
+    after, blocks = b.append_basic_block("after"), [b.append_basic_block(f"of{number}") for number in variants]
+    switch, found = b.switch(given[-1], blocks[-1]), []
+    for number, block in zip(variants, blocks, strict=True):
+        if block is not blocks[-1]:
+            switch.add_case(constant(I64, number), block)
         b.position_at_end(block)
-        found.append((write(b, *given[:-1], kind), b.block))
+        found.append((write(b, *given[:-1], number), b.block))
         b.branch(after)
     b.position_at_end(after)
     if found[0][0] is None:

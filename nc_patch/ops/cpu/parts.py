@@ -113,7 +113,7 @@ def in_panels(tensor: torch.Tensor) -> torch.Tensor:
 def _copied(tensor: torch.Tensor, rows: int, width: int, panels: bool = False) -> torch.Tensor:
     _, H, N, D = tensor.shape
     target = torch.empty(1, H, rows, width, dtype=torch.float32, device="cpu")
-    _copy_kernel(H * -(-N // _ROWS), padded(D), key=last_dense(tensor), output=target, N=N, D=D,
+    _copy_kernel(H * -(-N // _ROWS), [padded(D)], key=last_dense(tensor), output=target, N=N, D=D,
                  kind=KINDS[tensor.dtype], panels=panels)  # fmt: skip
     return target
 

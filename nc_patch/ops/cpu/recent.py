@@ -5,11 +5,10 @@ from numba import carray
 
 from nc_patch.ops.cpu import columns
 from nc_patch.ops.cpu.columns import PIECE, add_run
-from nc_patch.ops.cpu.launch import Kernel
+from nc_patch.ops.cpu.launch import Kernel, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS
 from nc_patch.ops.cpu.parts import Outputs, parts_of
-from nc_patch.ops.cpu.rows import budget_of, leave_gap, padded, row_in, tile_of
-from nc_patch.ops.cpu.vectors import addresses
+from nc_patch.ops.cpu.rows import budget_of, leave_gap, row_in, tile_of
 from nc_patch.ops.problem import AttentionResult, Problem
 
 # Rows of an item of work: the keys that a core reads serve all of them.
@@ -29,10 +28,9 @@ def dense_log_sums(problem: Problem) -> torch.Tensor | None:
 def _attend(problem: Problem, first_keys: int) -> Outputs:
     outputs = Outputs.of(problem)
     for _, _, arguments in parts_of(problem, outputs):
-        runs = padded(2 * (arguments["N"] // PIECE + 4))
         items = -(-arguments["Lq"] // _ROWS) * arguments["heads"]
-        floats = runs + sum(columns.room_of(arguments["D"], arguments["width"]))
-        _attend_kernel(items, floats, sink_keys=first_keys, rows=_ROWS, size=runs, **arguments)
+        arrays = [*columns.sizes(arguments["D"], arguments["width"]), 2 * (arguments["N"] // PIECE + 4)]
+        _attend_kernel(items, arrays, sink_keys=first_keys, rows=_ROWS, **arguments)
     return outputs
 
 
@@ -42,10 +40,10 @@ def _attend_kernel(pointer, item, scratch):
     p = carray(pointer, 1)[0]
     head, first, last = tile_of(p, item)
     rows = last - first
-    pieces, room = addresses(scratch, (p.size, 0))
+    pieces = memory_of(p, scratch)[8]
     begin = 0
     while begin < p.group * rows:
-        at = columns.columns_at(p, room)
+        at = columns.columns_at(p, scratch)
         low, left, right, high, count = p.N, 0, p.N, 0, 0
         while count < COLUMNS and begin + count < p.group * rows:
             row = row_in(p, head, first, rows, begin + count)

@@ -9,7 +9,7 @@ from numba.extending import register_jitable
 
 from nc_patch.ops.cpu import vectors
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
-from nc_patch.ops.cpu.vectors import f32, from_floats, i32, largest, product, set_f32, set_i32, to_floats
+from nc_patch.ops.cpu.vectors import dot, f32, from_floats, i32, largest, product, set_f32, set_i32, to_floats
 
 compiled = numba.njit(nogil=True, error_model="numpy")
 
@@ -94,41 +94,17 @@ def read_query(p, target, row):
 
 
 @compiled
-def write_output(p, row, source, factor, spare):
-    """Writes a row of the output, ``source`` times a factor; ``spare`` has room for a vector."""
+def write_output(p, row, source, factor):
+    """Writes a row of the output, ``source`` times a factor."""
     target = p.output + row.batch * p.output_b + row.head * p.output_h + row.i * p.output_n
-    write_row(target, source, p.Dv, factor, p.kind, spare)
+    from_floats(target, source, p.Dv, factor, p.kind)
 
 
 @compiled
 def read_row(target, source, count, kind):
     """Converts ``count`` elements of a kind to floats, zeros up to a whole vector."""
-    whole = count // LANES * LANES
-    to_floats(target, source, whole, kind)
-    for i in range(whole, count):
-        set_f32(target, i, vectors.element_of(source, i, kind))
+    to_floats(target, source, count, kind)
     pad_row(target, count, np.float32(0))
-
-
-@compiled
-def write_row(target, source, count, factor, kind, spare):
-    """Writes ``count`` floats times a factor as elements of a kind; ``spare`` has room for a whole vector more."""
-    whole, size = count // LANES * LANES, 4 if kind == 0 else 2
-    from_floats(target, source, whole, factor, kind)
-    if whole < count:
-        from_floats(spare, source + 4 * whole, LANES, factor, kind)
-        for i in range((count - whole) * size):
-            vectors.set_i8(target + whole * size, i, vectors.i8(spare, i))
-
-
-@compiled
-def dot_row(x, row, count, kind):
-    """The dot product of floats and ``count`` elements of a kind."""
-    whole = count // LANES * LANES
-    total = vectors.dot(x, row, whole, kind)
-    for i in range(whole, count):
-        total += f32(x, i) * vectors.element_of(row, i, kind)
-    return total
 
 
 @compiled
@@ -295,9 +271,8 @@ def softmax_row(p, row, scores, count, means, counts, counted):
     """
     most = max(largest(scores, padded(count)), largest(means, padded(counted)))
     shift = np.float32(0) if most == -INF and p.sinks != 0 else most
-    kept = vectors.exponentials(scores, padded(count), shift, np.float32(p.factor))
-    vectors.exponentials(means, padded(counted), shift, np.float32(p.factor))
-    total = kept + vectors.times_counts(means, counts, padded(counted))
+    kept = vectors.exponentials(scores, padded(count), shift, np.float32(p.factor), 0, 0)
+    total = kept + vectors.exponentials(means, padded(counted), shift, np.float32(p.factor), counts, 1)
     write_log_sums(p, row, shift, kept, total)
     return np.float32(1.0 / (total + sink_share(p, row, shift)))
 
@@ -337,7 +312,7 @@ def score_listed(p, x, keys, places, count, scores):
         done = count // 4 * 4
         vectors.listed_products(x, (keys, p.key_n), places, done, p.D, scores, p.kind)
     for j in range(done, count):
-        set_f32(scores, j, dot_row(x, keys + i32(places, j) * p.key_n, p.D, p.kind))
+        set_f32(scores, j, dot(x, keys + i32(places, j) * p.key_n, p.D, p.kind))
 
 
 @compiled

@@ -1,15 +1,12 @@
 """Instructions for compiled code, functions of addresses: memory, rows of floats, tiles of 32 columns, products.
 
-Counts of floats are multiples of 16. Nothing here reads or writes outside of what it is told.
+Counts are multiples of 16, but where elements are converted. Nothing here reads or writes outside of what it is told.
 """
 
 import itertools
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from nc_patch.ops.cpu import llvm as vec
 from nc_patch.ops.cpu.llvm import LANES, Builder, Float, Int, Rows, Value, constant, instruction, load, loop, store
@@ -41,27 +38,13 @@ def _integers(kind: Any) -> tuple[Any, Any]:
     return instruction(read), instruction(write)
 
 
-(i32, set_i32), (i8, set_i8) = _integers(vec.I32), _integers(vec.I8)
+(i32, set_i32), (_, set_i8) = _integers(vec.I32), _integers(vec.I8)
 
 
 @instruction
 def element_of(b: Builder, address: Int, index: Int, kind: vec.AnyKind) -> Float:
     """One element of a kind, see ``as_floats``, as a float."""
     return vec.as_floats(b, address, index, kind, lanes=1)
-
-
-@intrinsic
-def addresses(context: Any, room: Any, sizes: Any) -> Any:
-    """The addresses of arrays in memory from ``room`` on, one after the other; ``sizes``: how many floats each has."""
-    found = types.UniTuple(types.int64, len(sizes))
-
-    def lower(context: Any, b: Builder, signature: Any, values: Any) -> Any:
-        at = [values[0]]
-        for size, kind in zip(cgutils.unpack_tuple(b, values[1]), sizes.types, strict=True):
-            at.append(vec.element_at(b, at[-1], context.cast(b, size, kind, types.int64), 4))
-        return context.make_tuple(b, found, at[:-1])
-
-    return found(types.int64, sizes), lower
 
 
 @instruction
@@ -84,7 +67,7 @@ def add_to(b: Builder, address: Int, value: Int) -> Int:
     return b.atomic_rmw("add", b.inttoptr(address, vec.I64.as_pointer()), value, "monotonic")
 
 
-# Rows of floats, ``count`` a multiple of 16.
+# Rows of floats.
 
 
 @instruction
@@ -96,29 +79,29 @@ def fill(b: Builder, address: Int, count: Int, value: Float) -> None:
 
 @instruction
 def to_floats(b: Builder, target: Int, source: Int, count: Int, kind: vec.Kind) -> None:
-    """Converts elements of a kind, see ``as_floats``."""
-    loop(b, count, LANES, [], lambda i: store(b, vec.as_floats(b, source, i, kind), target, i))
+    """Converts elements of a kind, see ``as_floats``, as many as there may be."""
+    vec.each(b, count, lambda i, lanes: store(b, vec.as_floats(b, source, i, kind, lanes), target, i))
 
 
 @instruction
 def from_floats(b: Builder, target: Int, source: Int, count: Int, factor: Float, kind: vec.Kind) -> None:
     """Converts floats times a factor to elements of a kind, rounded to the nearest, ties to even."""
-    times = vec.splat(b, factor)
+    times = {LANES: vec.splat(b, factor), 1: factor}
 
-    def body(i: Value) -> None:
-        value = b.fmul(load(b, source, i), times)
+    def body(i: Value, lanes: int) -> None:
+        value, words = b.fmul(vec.as_floats(b, source, i, 0, lanes), times[lanes]), vec.lanes_of(vec.I32, lanes)
         if kind == 1:
-            bits = b.bitcast(value, vec.INTS)
-            half, one, below, nan = (constant(vec.INTS, word) for word in (16, 1, 0x7FFF, 0x7FC0))
+            bits = b.bitcast(value, words)
+            half, one, below, nan = (constant(words, word) for word in (16, 1, 0x7FFF, 0x7FC0))
             odd = b.and_(b.lshr(bits, half), one)
             rounded = b.lshr(b.add(b.add(bits, below), odd), half)
             bits = b.select(b.fcmp_unordered("uno", value, value), nan, rounded)
-            value = b.trunc(bits, ir.VectorType(vec.I16, LANES))
+            value = b.trunc(bits, vec.lanes_of(vec.I16, lanes))
         elif kind == 2:
-            value = b.fptrunc(value, ir.VectorType(ir.HalfType(), LANES))
+            value = b.fptrunc(value, vec.lanes_of(ir.HalfType(), lanes))
         store(b, value, target, i)
 
-    loop(b, count, LANES, [], body)
+    vec.each(b, count, body)
 
 
 @instruction
@@ -129,25 +112,20 @@ def largest(b: Builder, row: Int, count: Int) -> Float:
 
 
 @instruction
-def exponentials(b: Builder, row: Int, count: Int, shift: Float, factor: Float) -> Float:
-    """Each float becomes ``2 ** ((x - shift) * factor)``; their sum."""
+def exponentials(
+    b: Builder, row: Int, count: Int, shift: Float, factor: Float, counts: Int, counted: vec.Known
+) -> Float:
+    """Each float becomes ``2 ** ((x - shift) * factor)``; their sum.
+
+    ``counted`` 1: each times one of ``counts``, and zero where that is.
+    """
     minus, times = vec.splat(b, shift), vec.splat(b, factor)
 
     def body(i: Value, total: Value) -> list[Value]:
         value = vec.exp2(b, b.fmul(b.fsub(load(b, row, i), minus), times))
-        store(b, value, row, i)
-        return [b.fadd(total, value)]
-
-    return vec.lane_sum(b, loop(b, count, LANES, [vec.ZERO], body)[0])
-
-
-@instruction
-def times_counts(b: Builder, row: Int, counts: Int, count: Int) -> Float:
-    """Each float is multiplied by one of ``counts``, and is zero where that is; their sum."""
-
-    def body(i: Value, total: Value) -> list[Value]:
-        many = load(b, counts, i)
-        value = b.select(b.fcmp_ordered("==", many, vec.ZERO), vec.ZERO, b.fmul(load(b, row, i), many))
+        if counted:
+            many = load(b, counts, i)
+            value = b.select(b.fcmp_ordered("==", many, vec.ZERO), vec.ZERO, b.fmul(value, many))
         store(b, value, row, i)
         return [b.fadd(total, value)]
 
@@ -265,34 +243,42 @@ def product(
     Each element is one chain of multiply-adds along the depth. Elements of a row of x lie ``x_next`` bytes apart.
     ``columns`` are 16 or 32. ``adds`` 1: the whole product is added to z.
     """
-    kind = ir.VectorType(vec.F32, columns)
+    vectors = range(0, columns, LANES)
     x_rows, z_rows = ([b.add(at, b.mul(step, constant(vec.I64, r))) for r in range(rows)] for at, step in (x, z))
 
     def body(k: Value, at: Value, along: Value, *sums: Value) -> list[Value]:
-        row, of_rows = load(b, at, kind=kind), [load(b, b.add(each, along), kind=vec.F32) for each in x_rows]
-        added = [vec.fma(b, vec.splat(b, of, kind), row, total) for of, total in zip(of_rows, sums, strict=True)]
-        return [b.add(at, y[1]), b.add(along, x_next), *added]
+        of_y = [load(b, at, first) for first in vectors]
+        of_x = [vec.splat(b, load(b, b.add(row, along), kind=vec.F32)) for row in x_rows]
+        pairs = zip(itertools.product(of_x, of_y), sums, strict=True)
+        return [b.add(at, y[1]), b.add(along, x_next), *(vec.fma(b, *pair, total) for pair, total in pairs)]
 
-    begin = [y[0], constant(vec.I64, 0), *[constant(kind, 0.0)] * rows]
-    for at, value in zip(z_rows, loop(b, depth, 1, begin, body)[2:], strict=True):
-        store(b, b.fadd(load(b, at, kind=kind), value) if adds else value, at)
+    begin = [y[0], constant(vec.I64, 0), *[vec.ZERO] * (rows * len(vectors))]
+    places = itertools.product(z_rows, vectors)
+    for (at, first), value in zip(places, loop(b, depth, 1, begin, body)[2:], strict=True):
+        store(b, b.fadd(load(b, at, first), value) if adds else value, at, first)
 
 
 @instruction
 def dot(b: Builder, x: Int, y: Int, count: Int, kind: vec.AnyKind) -> Float:
-    """The dot product of floats and elements of a kind."""
+    """The dot product of floats and elements of a kind, as many as there may be."""
+    whole = vec.whole_vectors(b, count)
 
-    def body(i: Value, total: Value) -> list[Value]:
+    def add(i: Value, total: Value) -> list[Value]:
         return [vec.fma(b, load(b, x, i), vec.as_floats(b, y, i, kind), total)]
 
-    return vec.lane_sum(b, loop(b, count, LANES, [vec.ZERO], body)[0])
+    def add_one(i: Value, total: Value) -> list[Value]:
+        one, other = (vec.as_floats(b, at, b.add(whole, i), of, 1) for at, of in ((x, 0), (y, kind)))
+        return [b.fadd(total, b.fmul(one, other))]
+
+    total = vec.lane_sum(b, loop(b, whole, LANES, [vec.ZERO], add)[0])
+    return loop(b, b.sub(count, whole), 1, [total], add_one)[0]
 
 
 # How many listed rows ahead of their use are asked for.
 _AHEAD = 16
 
 
-def _listed_row(b: Builder, rows: list[Value], places: Value, i: Value, further: int) -> Value:
+def _listed_row(b: Builder, rows: Rows, places: Value, i: Value, further: int) -> Value:
     """The address of a listed row, so many places further than the i-th."""
     place = load(b, places, b.add(i, constant(vec.I64, further)), vec.I32)
     return b.add(rows[0], b.mul(b.sext(place, vec.I64), rows[1]))
@@ -350,8 +336,8 @@ def add_rows(
 
 
 @instruction
-def code_products(b: Builder, x: Rows, codes: Int, count: Int, depth: Int, out: Rows, rows: vec.Known) -> None:
-    """Dot products of 1, 2 or 4 rows of floats with ``count`` rows of int8; that of row r and key j at out[r, j].
+def code_products(b: Builder, x: Rows, codes: Int, count: Int, depth: Int, out: Rows, rows: vec.Few) -> None:
+    """Dot products of 1, 2, or else 4 rows of floats with ``count`` rows of int8; that of row r and key j at out[r, j].
 
     4, 2 or 1 keys are taken at once, and as many products written: the last key stands for those that are not there.
     """

@@ -6,11 +6,10 @@ Chosen blocks that lie side by side are attended as one run of keys, by 32 queri
 
 import numpy as np
 from numba import carray
-from numba.extending import register_jitable
 
 from nc_patch.ops.cpu import columns, vectors
 from nc_patch.ops.cpu.columns import PIECE, add_run
-from nc_patch.ops.cpu.launch import Kernel
+from nc_patch.ops.cpu.launch import Kernel, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES
 from nc_patch.ops.cpu.parts import Outputs, parts_of
 from nc_patch.ops.cpu.recent import dense_log_sums
@@ -18,9 +17,6 @@ from nc_patch.ops.cpu.rows import INF, SAMPLED, best_of, compiled, padded, row_i
 from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockOptions, PlannedBlock, plan_of
-
-_BATCH, _FIRST, _LAST, _LOW, _HIGH, _BEGIN, _LOWEST, _WIDTH, _FIRST_SAMPLE, _SAMPLES = range(PLAN_COLUMNS)
-assert PlannedBlock._fields[-2:] == ("first_sample", "samples")
 
 
 def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionResult:
@@ -30,22 +26,18 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
         outputs.output.zero_()
     counts = [sum(block.batch == b for block in plan.listed) for b in range(len(problem.query))]
     widest = padded(max((block.width for block in plan.listed), default=0)) + 2 * LANES
-    runs = padded(2 * (plan.capacity + problem.key.shape[2] // PIECE + 8))
+    # The chosen runs of keys; of key blocks logits, weights, and those chosen; a sample.
+    runs = 2 * (plan.capacity + problem.key.shape[2] // PIECE + 8)
+    of_block = [runs, COLUMNS * widest, widest, widest, widest, SAMPLED]
     for b, heads, arguments in parts_of(problem, outputs):
         first = sum(counts[:b])
-        floats = sum(_room_of(widest, runs)) + sum(columns.room_of(arguments["D"], arguments["width"]))
         _attend_kernel(
-            counts[b] * arguments["heads"], floats, plan=plan.table[first:], blocks=counts[b], size=options.size,
+            counts[b] * arguments["heads"], [*columns.sizes(arguments["D"], arguments["width"]), *of_block],
+            plan=plan.table[first:], blocks=counts[b], size=options.size, samples=plan.samples,
             law=plan.law[first:, heads].contiguous(), recent=plan.recent[first:, heads].contiguous(),
-            samples=plan.samples, widest=widest, count=runs, **arguments,
+            **arguments,
         )  # fmt: skip
     return outputs.result(problem, dense_log_sums(problem))
-
-
-@register_jitable
-def _room_of(widest, runs):
-    """Floats of a query block: the chosen runs of keys; of key blocks logits, weights, those chosen; a sample."""
-    return runs, COLUMNS * widest, widest, widest, widest, SAMPLED, 0
 
 
 @Kernel
@@ -53,17 +45,17 @@ def _attend_kernel(pointer, item, scratch):
     """One query block of one head; the last ones, which see most keys, come first."""
     p = carray(pointer, 1)[0]
     head, number = item % p.heads, p.blocks - 1 - item // p.heads
-    block = p.plan + 4 * PLAN_COLUMNS * number
-    first, rows = i32(block, _FIRST), i32(block, _LAST) - i32(block, _FIRST)
-    begin, lowest, width = i32(block, _BEGIN), i32(block, _LOWEST), i32(block, _WIDTH)
+    at = p.plan + 4 * PLAN_COLUMNS * number
+    block = PlannedBlock(i32(at, 0), i32(at, 1), i32(at, 2), i32(at, 3), i32(at, 4), i32(at, 5), i32(at, 6), i32(at, 7),
+                         i32(at, 8), i32(at, 9))  # fmt: skip
+    rows, width, start = block.last - block.first, block.width, block.begin + block.lowest * p.size
     law, recent = i32(p.law, number * p.heads + head), i32(p.recent, number * p.heads + head)
-    pieces, logits, weights, values, chosen, sample, room = vectors.addresses(scratch, _room_of(p.widest, p.count))
-    start = begin + lowest * p.size
+    pieces, logits, weights, values, chosen, sample = memory_of(p, scratch)[8:]
     number_of = 0
     if law >= width:
         number_of = add_run(pieces, 0, max(start, 0), min(start + width * p.size, p.N))
     else:
-        _weigh(p, head, room, block, logits, weights)
+        _weigh(p, head, scratch, block, logits, weights)
         others = law - (width - recent + (1 if recent > 0 else 0))
         if recent > 0:
             number_of = add_run(pieces, 0, max(start, 0), start + p.size)
@@ -74,15 +66,15 @@ def _attend_kernel(pointer, item, scratch):
                 number_of = add_run(pieces, number_of, at, at + p.size)
         number_of = add_run(pieces, number_of, max(start + recent * p.size, 0), min(start + width * p.size, p.N))
     for r in range(0, p.group * rows, COLUMNS):
-        at = columns.columns_at(p, room)
+        at = columns.columns_at(p, scratch)
         count, low, high = min(COLUMNS, p.group * rows - r), p.N, 0
         for column in range(count):
-            row = row_in(p, head, first, rows, r + column)
+            row = row_in(p, head, block.first, rows, r + column)
             columns.set_column(p, at, column, row, 0, 0)
             low, high = min(low, row.start), max(high, row.end)
         columns.attend_pieces(p, head, at, pieces, number_of, low, high, count)
         for column in range(count):
-            row, keys = row_in(p, head, first, rows, r + column), 0
+            row, keys = row_in(p, head, block.first, rows, r + column), 0
             for piece in range(number_of):
                 keys += max(min(i32(pieces, 2 * piece + 1), row.end) - max(i32(pieces, 2 * piece), row.start), 0)
             columns.write_column(p, at, column, row, keys)
@@ -90,16 +82,15 @@ def _attend_kernel(pointer, item, scratch):
 
 
 @compiled
-def _weigh(p, head, room, block, logits, weights):
+def _weigh(p, head, scratch, block, logits, weights):
     """Writes the weight of every key block: its largest share of any sampled query of the group."""
-    width, samples = i32(block, _WIDTH), i32(block, _SAMPLES)
-    start = i32(block, _BEGIN) + i32(block, _LOWEST) * p.size
+    width, samples, start = block.width, block.samples, block.begin + block.lowest * p.size
     fill(weights, padded(width), np.float32(0))
     at_once = PIECE // p.size
     for r in range(0, p.group * samples, COLUMNS):
-        at, count = columns.columns_at(p, room), min(COLUMNS, p.group * samples - r)
+        at, count = columns.columns_at(p, scratch), min(COLUMNS, p.group * samples - r)
         for column in range(count):
-            i = i32(p.samples, i32(block, _FIRST_SAMPLE) + (r + column) % samples)
+            i = i32(p.samples, block.first_sample + (r + column) % samples)
             columns.set_column(p, at, column, row_of(p, 0, head * p.group + (r + column) // samples, i), 0, 0)
         clear = columns.clear_run(at, count)
         fill(logits, COLUMNS * width, -INF)

@@ -13,12 +13,11 @@ import math
 import numpy as np
 import torch
 from numba import carray
-from numba.extending import register_jitable
 
 from nc_patch.common import LARGEST_INTEGER
 from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu import vectors
-from nc_patch.ops.cpu.launch import KINDS, Kernel
+from nc_patch.ops.cpu.launch import KINDS, Kernel, memory_of
 from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.parts import Outputs, arguments_of, last_dense
 from nc_patch.ops.cpu.recent import dense_log_sums
@@ -54,11 +53,14 @@ def cpu_block_decode(problem: Problem) -> AttentionResult:
     columns = padded(span // size + 2) + 2 * LANES
     estimates = torch.empty(B * Hq * Lq, 2 * columns, dtype=torch.float32, device="cpu")
     most = min(N, -(-problem.most // size) * size + 2 * size if problem.most else N) + 2 * LANES
-    arguments |= {"codes": codes, "scales": scales, "estimates": estimates, "columns": columns, "most": most,
-                  "size": size, "N": N, "queries": Lq}  # fmt: skip
-    floats = max(8 * padded(D) + LANES, size * D + 4 * padded(D))
-    _estimate_kernel(B * key.shape[1] * -(-(N // size + 2) // _PAGES), floats, **arguments)
-    _attend_kernel(B * Hq * Lq, sum(_room_of(most, columns, size, *problem.head_dims)), **arguments)
+    arguments |= {"codes": codes, "scales": scales, "estimates": estimates, "columns": columns, "size": size, "N": N,
+                  "queries": Lq}  # fmt: skip
+    # Four queries, the squares of their elements, their products with a page's vectors, and room to summarise a page.
+    arrays = [4 * padded(D), 4 * padded(D), LANES, size * D + 4 * D]
+    _estimate_kernel(B * key.shape[1] * -(-(N // size + 2) // _PAGES), arrays, **arguments)
+    # Scores, places, the query, its output; of pages weights, those chosen and scores, with the own keys'; a sample.
+    of_pages = [columns, columns, 2 * columns + padded(size)]
+    _attend_kernel(B * Hq * Lq, [most, most, *map(padded, problem.head_dims), *of_pages, of_rows.SAMPLED], **arguments)
     return outputs.result(problem, dense_log_sums(problem))
 
 
@@ -100,7 +102,7 @@ def _summarize(key: torch.Tensor, statistics: PageStatistics, pages: torch.Tenso
     """Writes statistics of pages, int32 ``[P, 3]``: a sequence or block of memory, the first key, and the number."""
     _, Hkv, _, D = key.shape
     _summarize_kernel(
-        Hkv * -(-len(pages) // _PAGES), size * D + 4 * D, key=last_dense(key), pages=pages, codes=statistics.codes,
+        Hkv * -(-len(pages) // _PAGES), [size * D + 4 * D], key=last_dense(key), pages=pages, codes=statistics.codes,
         scales=statistics.scales, count=len(pages), heads=Hkv, D=D, kind=KINDS[key.dtype], size=size,
     )  # fmt: skip
 
@@ -151,6 +153,7 @@ def _estimate_kernel(pointer, item, scratch):
     runs = (p.N // p.size + 2 + _PAGES - 1) // _PAGES
     head, first = item // runs, item % runs * _PAGES
     batch, kv_head = head // p.heads, head % p.heads
+    x, squares, found, room = memory_of(p, scratch)[:4]
     end = 0
     for i in range(p.Lq):
         end = max(end, _row_of(p, batch, 0, i).end)
@@ -159,13 +162,13 @@ def _estimate_kernel(pointer, item, scratch):
     if p.new > 0:
         for page in range(max(first, (end - p.new - begin) // p.size), min(first + _PAGES, (end - begin) // p.size)):
             if page < p.room:
-                summarize_page(p, keys, begin + page * p.size, *_statistics_at(p, batch, kv_head, page), scratch)
+                summarize_page(p, keys, begin + page * p.size, *_statistics_at(p, batch, kv_head, page), room)
     step = 4 * padded(p.D)
-    x, squares, found = vectors.addresses(scratch, (step, step, 0))
     rows = p.group * p.Lq
     for r0 in range(0, rows, 4):
         many, low, high = min(4, rows - r0), first + _PAGES, first
-        fill(x, 2 * step, np.float32(0))
+        fill(x, step, np.float32(0))
+        fill(squares, step, np.float32(0))
         for r in range(many):
             row = _row_of(p, batch, kv_head * p.group + (r0 + r) // p.Lq, (r0 + r) % p.Lq)
             if row.end > row.start:
@@ -188,7 +191,7 @@ def _estimate_kernel(pointer, item, scratch):
                 for r in range(4):
                     for vector in range(VECTORS):
                         weighted = (squares if vector == 2 else x) + r * step
-                        product = of_rows.dot_row(weighted, codes + vector * p.D, p.D, 3)
+                        product = vectors.dot(weighted, codes + vector * p.D, p.D, 3)
                         set_f32(found, 4 * r + vector, product)
             apart, mean, spread = f32(scales, 0), f32(scales, 1), f32(scales, 2)
             for r in range(many):
@@ -203,23 +206,17 @@ def summarize_page(p, keys, first, codes, scales, room):
     step = 4 * p.D
     mean = room + p.size * step
     apart, others, variance = mean + 4 * p.D, mean + 8 * p.D, mean + 12 * p.D
-    count, most, sound = 0, np.float32(0), True
-    for j in range(max(-first, 0), p.size):
-        row = room + count * step
+    count, most, sound = max(p.size - max(-first, 0), 0), np.float32(0), True
+    for j in range(count):
         for d in range(p.D):
-            value = vectors.element_of(keys + (first + j) * p.key_n, d, p.kind)
-            set_f32(row, d, value)
+            value = vectors.element_of(keys + (max(first, 0) + j) * p.key_n, d, p.kind)
+            set_f32(room + j * step, d, value)
             sound = sound and abs(value) < INF
             most = max(most, abs(value))
-        count += 1
-    if not sound:
-        for d in range(VECTORS * p.D):
-            set_i8(codes, d, 0)
-        for vector in range(VECTORS):
-            set_f32(scales, vector, np.float32(np.nan))
-        return
     # Numbers near one, whose squares neither overflow nor vanish; a power of two rounds nothing.
     unit = np.float32(2.0 ** (math.frexp(max(most, np.float32(_SMALLEST)))[1] - 1))
+    if not sound:  # codes of a page without keys, and scales that are no numbers
+        count, unit = 0, np.float32(np.nan)
     for d in range(p.D):
         total = np.float32(0)
         for j in range(count):
@@ -259,20 +256,13 @@ def summarize_page(p, keys, first, codes, scales, room):
         set_f32(scales, vector, (np.float32(math.sqrt(scale)) if vector == 2 else scale) * unit)
 
 
-@register_jitable
-def _room_of(most, columns, size, D, Dv):
-    """Floats of a query: scores, places, itself, its output; weights of pages, those chosen, estimates; a sample."""
-    return most, most, padded(D), padded(Dv), columns, columns, 2 * columns + padded(size), of_rows.SAMPLED
-
-
 @Kernel
 def _attend_kernel(pointer, item, scratch):
     """One query of one head: the pages of its group, and softmax times value over their keys."""
     p = carray(pointer, 1)[0]
     row = _row_of(p, *of_rows.decoded(p, item))
     kv_head = row.head // p.group
-    room = _room_of(p.most, p.columns, p.size, p.D, p.Dv)
-    scores, places, x, out, weights, chosen, estimates, sample = vectors.addresses(scratch, room)
+    scores, places, x, out, weights, chosen, estimates, sample = memory_of(p, scratch)[:8]
     fill(out, padded(p.Dv), np.float32(0))
     inverse = np.float32(1)
     if row.end > row.start:
@@ -305,7 +295,7 @@ def _attend_kernel(pointer, item, scratch):
         inverse = of_rows.softmax_row(p, row, scores, taken, 0, 0, 0)
         of_rows.add_listed(out, p.Dv, scores, places, padded(taken), (values, p.value_n), p.kind)
         set_i32(p.attended, row.number, taken)
-    of_rows.write_output(p, row, out, inverse, sample)
+    of_rows.write_output(p, row, out, inverse)
 
 
 @compiled
@@ -332,7 +322,7 @@ def _weigh_pages(p, row, keys, places, own, x, room, weights):
     low = (row.start - row.origin) // p.size
     pages = (row.end - 1 - row.origin) // p.size - low
     whole, factor = padded(pages), np.float32(LOG2E)
-    far, rest, own_scores = vectors.addresses(room, (whole, whole, own))
+    far, rest, own_scores = room, room + 4 * whole, room + 8 * whole
     in_first = row.origin + (low + 1) * p.size - row.start
     fill(weights, whole, np.float32(0))
     for g in range(p.group):
@@ -364,8 +354,8 @@ def _weigh_pages(p, row, keys, places, own, x, room, weights):
         most = largest(far, 2 * whole + count_own)
         if not most > -INF:
             continue
-        total = exponentials(own_scores, count_own, most, factor)
-        exponentials(far, 2 * whole, most, factor)
+        total = exponentials(own_scores, count_own, most, factor, 0, 0)
+        exponentials(far, 2 * whole, most, factor, 0, 0)
         for j in range(pages):
             others = np.float32((in_first if j == 0 else p.size) - 1)
             value = f32(far, j) + f32(rest, j) * others

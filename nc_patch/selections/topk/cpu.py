@@ -7,15 +7,14 @@ over the tile. Where all rows of a tile attend all that they see, their weights 
 
 import numpy as np
 from numba import carray
-from numba.extending import register_jitable
 
 from nc_patch.ops.cpu import rows as of_rows
-from nc_patch.ops.cpu.launch import Kernel
+from nc_patch.ops.cpu.launch import Kernel, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
 from nc_patch.ops.cpu.parts import Outputs, as_rows, in_panels, parts_of
 from nc_patch.ops.cpu.recent import dense_log_sums
 from nc_patch.ops.cpu.rows import INF, add_product, budget_of, cap, compiled, pad_row, padded, row_in, softmax_row
-from nc_patch.ops.cpu.vectors import addresses, f32, fill, i32, product, set_f32, set_i32
+from nc_patch.ops.cpu.vectors import f32, fill, i32, product, set_f32, set_i32
 from nc_patch.ops.means import TAIL_PAGE_SIZE
 from nc_patch.ops.problem import AttentionResult, Problem
 
@@ -33,29 +32,18 @@ def cpu_topk_attention(problem: Problem, sink_keys: int, recent_keys: int) -> At
     rows = _MOST_ROWS
     while rows > 1 and rows * group * columns * 4 > _TILE_BYTES:
         rows //= 2
+    tile = -(-rows * group // TILE_ROWS) * TILE_ROWS
     for b, heads, arguments in parts_of(problem, outputs, panels=True):
         if means is not None:
             key, value = (mean[b : b + 1, heads] for mean in means)
             arguments |= {"mean_key": in_panels(key), "mean_value": as_rows(value, LANES), "mean_count": key.shape[2]}
-        floats = sum(_room_of(_tile_rows(rows * group), arguments["D"], columns, slots, arguments["width"]))
-        _attend_kernel(-(-arguments["Lq"] // rows) * arguments["heads"], floats, rows=rows, sink_keys=sink_keys,
+        # Of a tile: queries, scores, those of page means, output, its factors; of a row: its best, their places, counts
+        # of pages, and a sample.
+        of_tile = (padded(arguments["D"]), columns, slots, arguments["width"], 1)
+        arrays = [*(tile * size for size in of_tile), columns, columns, slots, of_rows.SAMPLED]
+        _attend_kernel(-(-arguments["Lq"] // rows) * arguments["heads"], arrays, rows=rows, sink_keys=sink_keys,
                        recent_keys=recent_keys, columns=columns, slots=slots, **arguments)  # fmt: skip
     return outputs.result(problem, dense_log_sums(problem))
-
-
-@register_jitable
-def _tile_rows(rows: int) -> int:
-    """Rows of a tile that holds so many."""
-    return (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
-
-
-@register_jitable
-def _room_of(tile, D, columns, slots, width):
-    """Floats of a tile: queries, scores, those of page means, output; of a row: its best, their places, counts of
-    pages, a sample; and factors of the output.
-    """
-    of_tile = tile * padded(D), tile * columns, tile * slots, tile * width
-    return (*of_tile, columns, columns, slots, of_rows.SAMPLED, tile)
 
 
 @Kernel
@@ -64,9 +52,9 @@ def _attend_kernel(pointer, item, scratch):
     p = carray(pointer, 1)[0]
     head, first, last = of_rows.tile_of(p, item)
     rows = last - first
-    tile, x_step, step, means_step = _tile_rows(p.group * rows), 4 * padded(p.D), 4 * p.columns, 4 * p.slots
-    room, out_step = _room_of(tile, p.D, p.columns, p.slots, p.width), 4 * p.width
-    x, z, means, out, scores, places, counts, sample, inverses = addresses(scratch, room)
+    tile = (p.group * rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    x_step, step, means_step, out_step = 4 * padded(p.D), 4 * p.columns, 4 * p.slots, 4 * p.width
+    x, z, means, out, inverses, scores, places, counts, sample = memory_of(p, scratch)[:9]
     fill(x, tile * padded(p.D), np.float32(0))
     fill(out, tile * p.width, np.float32(0))
     low, high, whole = p.N, 0, True
@@ -118,7 +106,7 @@ def _attend_kernel(pointer, item, scratch):
         row = row_in(p, head, first, rows, r)
         if row.end <= row.start:
             fill(out + r * out_step, p.width, np.float32(0))
-        of_rows.write_output(p, row, out + r * out_step, f32(inverses, r), sample)
+        of_rows.write_output(p, row, out + r * out_step, f32(inverses, r))
 
 
 @compiled
@@ -157,7 +145,7 @@ def list_best(p, row, raw, k, scores, places, sample):
 def weigh_list(p, row, scores, places, taken, means, slots, counts):
     """Makes weights of the scores of ``taken`` listed keys and of ``slots`` page means; fills up both lists.
 
-    ``counts`` has room for as many floats as there are slots.
+    ``counts`` receives, as floats, how many keys of each page that counts for the row are not listed.
 
     Returns:
         (one over the sum of all weights, slot of the first page that counts, how many do).
@@ -165,26 +153,14 @@ def weigh_list(p, row, scores, places, taken, means, slots, counts):
     slot = counted = 0
     of_rows.fill_up(p, scores, places, taken)
     if slots > 0 and taken < row.end - row.start:
-        slot, counted = missing_of_pages(row, places, taken, counts)
+        first = (row.start - row.origin + PAGE - 1) // PAGE
+        slot, counted = row.origin // PAGE + first, max((row.end - 1 - row.origin) // PAGE - first, 0)
+        fill(counts, padded(counted), np.float32(PAGE))
+        for j in range(taken):
+            place = i32(places, j) - row.origin - first * PAGE
+            if 0 <= place < counted * PAGE:
+                set_f32(counts, place // PAGE, f32(counts, place // PAGE) - np.float32(1))
+        pad_row(counts, counted, np.float32(0))
         cap(means + 4 * slot, counted, p.scale, p.softcap)
         pad_row(means + 4 * slot, counted, -INF)
     return softmax_row(p, row, scores, taken, means + 4 * slot, counts, counted), slot, counted
-
-
-@compiled
-def missing_of_pages(row, places, taken, counts):
-    """How many keys of each page that counts for a row are not among those at ``places``, and where the pages are.
-
-    Returns:
-        (slot of the first page, number of pages); ``counts`` receives a float for each, zeros up to a whole vector.
-    """
-    first = (row.start - row.origin + PAGE - 1) // PAGE
-    counted = max((row.end - 1 - row.origin) // PAGE - first, 0)
-    fill(counts, padded(counted), np.float32(PAGE))
-    begin = row.origin + first * PAGE
-    for j in range(taken):
-        place = i32(places, j) - begin
-        if 0 <= place < counted * PAGE:
-            set_f32(counts, place // PAGE, f32(counts, place // PAGE) - np.float32(1))
-    pad_row(counts, counted, np.float32(0))
-    return row.origin // PAGE + first, counted

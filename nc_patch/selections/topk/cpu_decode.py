@@ -7,16 +7,16 @@ the first scores the keys themselves.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numba import carray
-from numba.extending import register_jitable
 
 from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu import vectors
-from nc_patch.ops.cpu.launch import KINDS, Kernel
+from nc_patch.ops.cpu.launch import KINDS, Kernel, memory_of
 from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.parts import Outputs, arguments_of, last_dense
 from nc_patch.ops.cpu.recent import dense_log_sums
@@ -25,7 +25,7 @@ from nc_patch.ops.cpu.vectors import code_products, f32, fill, i32, set_f32, set
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.rounding import HALF_ULP, SMALLEST
-from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes, code_slack
+from nc_patch.selections.topk.codes import LARGEST_CODE, code_slack
 from nc_patch.selections.topk.cpu import PAGE, list_best, list_forced, weigh_list
 
 # Keys of an item of the first launch, and floats of bounds that are kept at once.
@@ -50,52 +50,48 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
     bounds = torch.empty(B * Hq * at_once, width, dtype=torch.float32, device="cpu")
     arguments = arguments_of(problem, outputs) | {
         "bounds": bounds, "bounds_n": 4 * width, "columns": columns, "slots": slots, "per_scale": code_slack(D),
-        "sink_keys": sink_keys, "recent_keys": recent_keys,
+        "sink_keys": sink_keys, "recent_keys": recent_keys, "coded": bool(index) and D % LANES == 0,
     }  # fmt: skip
-    if index:
-        arguments |= dict(zip(("codes", "scales", "residuals", "center", "spread"), index, strict=True))
-        arguments |= {"coded": D % LANES == 0, "room": index[0].shape[2]}
-    if means is not None:
-        arguments |= {"mean_key": means.key, "mean_value": means.value, "mean_count": means.key.shape[2]}
+    arguments |= _index_of(index, means)
     for first in range(0, Lq, at_once):
         queries = min(at_once, Lq - first)
         arguments |= {"first": first, "queries": queries}
-        floats = 4 * (padded(D) + _KEYS) + 2 * padded(max(problem.head_dims)) + LANES
-        _scan_kernel(B * key.shape[1] * -(-N // _KEYS), floats, **arguments)
-        _attend_kernel(B * Hq * queries, sum(_room_of(columns, slots, *problem.head_dims)), **arguments)
+        # Four queries, their products with codes, and room to take in keys.
+        arrays = [4 * padded(D), 4 * _KEYS, 2 * padded(max(problem.head_dims))]
+        _scan_kernel(B * key.shape[1] * -(-N // _KEYS), arrays, **arguments)
+        # Scores, places, two more lists, counts of pages, the query, its output, and a sample.
+        arrays = [*[columns] * 4, slots, *map(padded, problem.head_dims), of_rows.SAMPLED]
+        _attend_kernel(B * Hq * queries, arrays, **arguments)
         arguments["new"] = 0
     return outputs.result(problem, dense_log_sums(problem))
 
 
-def cpu_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: KeyCodes) -> None:
-    """Writes the codes of the keys ``[first, first + count)`` of each sequence, as far as there are any.
+def _index_of(codes: Sequence[torch.Tensor], means: PageMeans | None) -> dict[str, Any]:
+    """What a kernel takes of the tensors of an index, where there is one, and of page means."""
+    found: dict[str, Any] = dict(zip(("codes", "scales", "residuals", "center", "spread"), codes, strict=False))
+    if codes:
+        found["room"] = codes[0].shape[2]
+    if means is not None:
+        found |= {"mean_key": means.key, "mean_value": means.value, "mean_count": means.key.shape[2]}
+    return found
 
-    Args:
-        key: ``[B, Hkv, N, D]``. first: int ``[B]``. codes: contiguous, as those of an index are.
-    """
-    _take_in(key, key, first, count, codes=codes.codes, scales=codes.scale, residuals=codes.residual,
-             center=codes.center, spread=codes.spread, room=codes.codes.shape[2])  # fmt: skip
 
-
-def cpu_page_means_(
-    key: torch.Tensor, value: torch.Tensor, origin: torch.Tensor, first: torch.Tensor, count: int, means: PageMeans
-) -> None:
-    """Writes the mean of each whole page that holds any of the keys ``[first, first + count)`` of each sequence.
+def cpu_take_in_(
+    key: torch.Tensor, value: torch.Tensor, origin: torch.Tensor, first: torch.Tensor, count: int,
+    codes: Sequence[torch.Tensor] = (), means: PageMeans | None = None,
+) -> None:  # fmt: skip
+    """Writes the codes of the keys ``[first, first + count)`` of each sequence, as far as there are any, and the mean
+    of each whole page that holds any of them.
 
     Args:
         key: ``[B, Hkv, N, D]``. value: ``[B, Hkv, N, Dv]``. origin, first: int ``[B]``.
+        codes: those of ``KeyCodes``, contiguous, as an index has them. means: page means.
     """
-    _take_in(key, value, first, count, mean_key=means.key, mean_value=means.value, mean_count=means.key.shape[2],
-             origin=origin.to(torch.int32).contiguous(), Lq=1)  # fmt: skip
-
-
-def _take_in(key: torch.Tensor, value: torch.Tensor, first: torch.Tensor, count: int, **index: Any) -> None:
-    B, Hkv, N, D = key.shape
-    Dv = value.shape[3]
+    (B, Hkv, N, D), Dv = key.shape, value.shape[3]
     _take_in_kernel(
-        B * Hkv * -(-N // _KEYS), 2 * padded(max(D, Dv)) + LANES, key=last_dense(key), value=last_dense(value),
-        first_new=first.to(torch.int32).contiguous(), new=count, heads=Hkv, N=N, D=D, Dv=Dv, kind=KINDS[key.dtype],
-        **index,
+        B * Hkv * -(-N // _KEYS), [2 * padded(max(D, Dv))], key=last_dense(key), value=last_dense(value),
+        origin=origin.to(torch.int32).contiguous(), first_new=first.to(torch.int32).contiguous(), new=count, heads=Hkv,
+        Lq=1, N=N, D=D, Dv=Dv, kind=KINDS[key.dtype], **_index_of(codes, means),
     )  # fmt: skip
 
 
@@ -159,6 +155,7 @@ def _scan_kernel(pointer, item, scratch):
     runs = (p.N + _KEYS - 1) // _KEYS
     head, begin = item // runs, item % runs * _KEYS
     batch, kv_head = head // p.heads, head % p.heads
+    x, raw, room = memory_of(p, scratch)[:3]
     end, high = 0, 0
     for i in range(p.Lq):
         stop = row_of(p, batch, 0, i).end
@@ -166,13 +163,12 @@ def _scan_kernel(pointer, item, scratch):
         if p.first <= i < p.first + p.queries:
             high = max(high, stop)
     if p.new > 0:
-        take_in(p, head, begin, end - p.new, end, scratch)
+        take_in(p, head, begin, end - p.new, end, room)
     keys = p.key + batch * p.key_b + kv_head * p.key_h + begin * p.key_n
     slot, place = begin // PAGE, head * p.room + begin
     mean_keys = p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h + slot * p.mean_key_n
     slots = min(_KEYS // PAGE, min(p.mean_count, p.N // PAGE + 1) - slot)
     count, step = min(begin + _KEYS, high) - begin, 4 * padded(p.D)
-    x, raw = vectors.addresses(scratch, (step, 0))
     rows = p.group * p.queries
     for first in range(0, rows, 4):
         many, bounds = min(4, rows - first), p.bounds + (head * rows + first) * p.bounds_n
@@ -188,13 +184,7 @@ def _scan_kernel(pointer, item, scratch):
                 _score(p, query, keys, p.key_n, count, of_row + 4 * begin)
         if p.coded == 0 or count <= 0:
             continue
-        codes, products = p.codes + place * p.D, (raw, 4 * _KEYS)
-        if many == 1:
-            code_products((x, step), codes, count, p.D, products, 1)
-        elif many == 2:
-            code_products((x, step), codes, count, p.D, products, 2)
-        else:
-            code_products((x, step), codes, count, p.D, products, 4)
+        code_products((x, step), p.codes + place * p.D, count, p.D, (raw, 4 * _KEYS), many)
         for r in range(many):
             of_row = bounds + r * p.bounds_n
             vectors.to_lower_bounds(
@@ -207,7 +197,7 @@ def _scan_kernel(pointer, item, scratch):
 def _score(p, x, rows, step, count, out):
     """Writes the raw scores of a query and rows, ``step`` bytes apart."""
     for j in range(count):
-        set_f32(out, j, of_rows.dot_row(x, rows + j * step, p.D, p.kind))
+        set_f32(out, j, vectors.dot(x, rows + j * step, p.D, p.kind))
 
 
 @compiled
@@ -248,13 +238,7 @@ def _average(p, rows, step, target, width, x):
         of_rows.read_row(x, rows + row * step, width, p.kind)
         for d in range(width):
             set_f32(total, d, f32(total, d) + f32(x, d) * np.float32(1 / PAGE))
-    of_rows.write_row(target, total, width, np.float32(1), p.kind, x)
-
-
-@register_jitable
-def _room_of(columns, slots, D, Dv):
-    """Floats of a query: scores, places, two more lists, counts of pages, itself, its output, a sample."""
-    return columns, columns, columns, columns, slots, padded(D), padded(Dv), of_rows.SAMPLED
+    vectors.from_floats(target, total, width, np.float32(1), p.kind)
 
 
 @Kernel
@@ -263,9 +247,7 @@ def _attend_kernel(pointer, item, scratch):
     p = carray(pointer, 1)[0]
     row = row_of(p, *of_rows.decoded(p, item))
     batch, kv_head = row.batch, row.head // p.group
-    scores, places, listed, exact, counts, x, out, sample = vectors.addresses(
-        scratch, _room_of(p.columns, p.slots, p.D, p.Dv)
-    )
+    scores, places, listed, exact, counts, x, out, sample = memory_of(p, scratch)[:8]
     fill(out, padded(p.Dv), np.float32(0))
     inverse = np.float32(1)
     if row.end > row.start:
@@ -297,7 +279,7 @@ def _attend_kernel(pointer, item, scratch):
                 set_i32(listed, j, slot + min(j, counted - 1))
             values = p.mean_value + batch * p.mean_value_b + kv_head * p.mean_value_h
             add_listed(out, p.Dv, means + 4 * slot, listed, padded(counted), (values, p.mean_value_n), p.kind)
-    of_rows.write_output(p, row, out, inverse, sample)
+    of_rows.write_output(p, row, out, inverse)
 
 
 @compiled

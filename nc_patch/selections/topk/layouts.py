@@ -31,12 +31,15 @@ class Codes(Layout, kind="codes"):
         index: list[torch.Tensor], tensors: list[torch.Tensor], count: int, block_size: int, backend: str
     ) -> None:
         """Encodes new keys; positions that do not exist are left out."""
-        key, _, first, _ = tensors
+        key, origin, first, _ = tensors
         encode = encode_keys_
+        if backend == "cpu":
+            from nc_patch.selections.topk.cpu_decode import cpu_take_in_
+
+            cpu_take_in_(key, key, origin, first, count, codes=index)
+            return
         if backend == "triton":
             from nc_patch.selections.topk.encode import triton_encode_keys_ as encode
-        elif backend == "cpu":
-            from nc_patch.selections.topk.cpu_decode import cpu_encode_keys_ as encode
         encode(key, first, count, KeyCodes(*index))
 
 
@@ -62,9 +65,9 @@ class Means(Layout, kind="means"):
         key, origin, first, _, value = tensors
         average = page_means
         if backend == "cpu":
-            from nc_patch.selections.topk.cpu_decode import cpu_page_means_
+            from nc_patch.selections.topk.cpu_decode import cpu_take_in_
 
-            cpu_page_means_(key, value, origin, first, count, PageMeans(*index))
+            cpu_take_in_(key, value, origin, first, count, means=PageMeans(*index))
             return
         if backend == "triton":
             from nc_patch.ops.triton.means import triton_page_means as average
