@@ -146,7 +146,9 @@ def options_of(plan: Plan, problem: Problem, architecture: str) -> dict[str, dic
     (D, DV), bounds, slim = problem.head_dims, problem.bounds, _is_slim(problem)
     amd, largest, is_float32 = architecture.startswith("gfx"), max(D, DV), problem.query.dtype == torch.float32
     channels = max(_LEAST_CHANNELS, padded_dim(D))
-    codes = constants(CodeShape(D, plan.block_rows, plan.tile, channels, 2 if amd or (bounds and plan.block_rows > 8) else 3))
+    codes = constants(
+        CodeShape(D, plan.block_rows, plan.tile, channels, 2 if amd or (bounds and plan.block_rows > 8) else 3)
+    )
     # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
     chunk = 32 if is_float32 else None
     scored = Tiles(_MATRIX_ROWS, max(16, min(32, 4096 // padded_dim(D))), 4, 2, chunk)
