@@ -53,7 +53,7 @@ def assert_equals_fresh(index: KeyIndex, layer: CacheLayerMixin, length: int) ->
 
 def named_in(content: bytes) -> set[str]:
     """What a pickle names; ``torch.save`` packs it into an archive."""
-    if zipfile.is_zipfile(io.BytesIO(content)):
+    if content.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             content = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
     return {argument for _, argument, _ in pickletools.genops(content) if isinstance(argument, str)}

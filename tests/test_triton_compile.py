@@ -28,7 +28,7 @@ score_pages-bf16-d256-p128-softcap
 choose_pages-{bf16-d64-p16,bf16-d64-p16-many_pages}
 attend_pages-{bf16-d128-p32,fp32-d128-p128-softcap,fp16-d96-p64-sinks-stats}
 summarize-bf16-d128-p128
-codes_{scan-bf16-d128-q1,scan-bf16-d128-q16-bounds,gather-bf16-d128-q1,gather-bf16-d64-q1-bounds-tail}
+codes_{scan-bf16-d128-q16-bounds,gather-bf16-d128-q1,gather-bf16-d64-q1-bounds-tail}
 codes_{prepare-bf16-d128-q1-tail,guess-bf16-d128-q1}
 """
 # Those that a plain run compiles for every target.
@@ -37,7 +37,7 @@ topk-bf16-d128-sinks-softcap-stats
 topk_tail-bf16-d128-sinks-softcap-stats
 score_blocks-bf16-d128-k16
 attend_blocks-bf16-d128-k16-sinks-softcap-stats
-codes_{score-bf16-d128-q1,choose-bf16-d128-q1,gather-bf16-d128-q1-tail}
+codes_{scan-bf16-d128-q1,choose-bf16-d128-q1,gather-bf16-d128-q1-tail}
 encode-bf16-d128
 """
 NEEDS_MOST, QUICK = expanded(_NEEDS_MOST), expanded(_QUICK)
