@@ -10,7 +10,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from nc_patch import families, steps
 from nc_patch.cache import NO_CACHE, Indexes, KeyIndexMixin, indexes_of
 from nc_patch.certificates import record, record_dense
-from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, once, say_once
+from nc_patch.common import UnsupportedMaskError, autocast_off, cast_for_autocast, once, say_once, share
 from nc_patch.config import NCConfig
 from nc_patch.functional import attend, backend_of, by_index, check_scale
 from nc_patch.layers import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, Observed, told_boundaries
@@ -228,9 +228,14 @@ def _visible_keys(
                 f"{name} attends by chunks, which begin anew with each packed sequence, and a mask that is made for a "
                 "cache has them elsewhere. Pass use_cache=False."
             )
-        return cut, several
+        return cut._replace(visible=share(cut.visible)), several
 
-    seen: tuple[Visibility, bool] = once(mask, ("seen", lengths, *boundaries.values()), look)
+    compiling = torch.compiler.is_compiling()
+    if compiling and module.training:  # a checkpointed layer is traced apart, and may leave nothing behind
+        return look()
+    # In a graph lengths may be symbols, and a mask has those of one call.
+    key = ("seen", *boundaries.values()) if compiling else ("seen", lengths, *boundaries.values())
+    seen: tuple[Visibility, bool] = once(mask, key, look)
     return seen
 
 
@@ -239,7 +244,7 @@ def _budgets(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The budgets of a layer's queries; and those of all layers, where they differ and were found at once."""
     config = patch.config
-    if config.layers is not None and decoding and not torch.compiler.is_compiling():
+    if config.layers is not None and decoding:
         find_all = lambda: config.budgets_by_layer(visible, key_length)  # noqa: E731
         budgets: tuple[torch.Tensor, ...] = once(visible, ("budgets", config, key_length), find_all)
         return budgets[patch.layer], budgets

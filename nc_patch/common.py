@@ -212,12 +212,23 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
 
 
-def once(shared: torch.Tensor, key: tuple[Any, ...], make: Any) -> Any:
-    """``make()``, remembered on a tensor that all layers of one forward pass share: the mask, or what comes of it."""
+def share(made: torch.Tensor) -> torch.Tensor:
+    """The tensor, which if ``torch.compile`` traces was made within the graph: ``once`` may remember on it."""
     if torch.compiler.is_compiling():
-        return make()
-    made: dict[tuple[Any, ...], Any] | None = getattr(shared, "_nc_once", None)
+        made._nc_traced = {}  # type: ignore[attr-defined]
+    return made
+
+
+def once(shared: torch.Tensor, key: tuple[Any, ...], make: Any) -> Any:
+    """``make()``, remembered on a tensor that all layers of one forward pass share: the mask, or what comes of it.
+
+    In a compiled graph what is remembered is one node for all layers, if the tensor is one that ``share`` returned.
+    """
+    compiling = torch.compiler.is_compiling()
+    made: dict[tuple[Any, ...], Any] | None = getattr(shared, "_nc_traced" if compiling else "_nc_once", None)
     if made is None:
+        if compiling:
+            return make()
         made = {}
         shared._nc_once = made  # type: ignore[attr-defined]
     if key not in made:

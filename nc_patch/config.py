@@ -144,7 +144,7 @@ class NCConfig:
         find = lambda: self._row_budgets(visible, max_n, laws)  # noqa: E731
         if len(laws) > 1:  # large, and as a rule of one layer alone
             return find()
-        found: torch.Tensor = once(visible, ("budget", laws, self.min_keys, self.dense_below, max_n), find)
+        found: torch.Tensor = once(visible, ("budget", laws, self.min_keys, self.dense_below), find)
         return found
 
     @property

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import masking_utils
 
-from nc_patch.common import UnsupportedMaskError
+from nc_patch.common import UnsupportedMaskError, share
 from nc_patch.ops.derivatives import is_capturing
 from nc_patch.visibility import Visibility, is_packed, keys_first, runs_of
 
@@ -80,7 +80,7 @@ def interval_mask(
         mask = seen(0, q_length)
         mask._nc_function = getattr(mask_function, "__qualname__", repr(mask_function))  # type: ignore[attr-defined]
         return mask
-    packed = visibility.pack()
+    packed = share(visibility.pack())
     if not compiling:
         packed._nc_key_length, packed._nc_begins = kv_length, begins  # type: ignore[attr-defined]
     return packed

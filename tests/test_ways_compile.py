@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, StaticCache
 from ways import assert_close, full_and_small, generated, small
 
-from nc_patch import sparse_attention
+from nc_patch import patch_model, sparse_attention
 
 # Compiling takes most of the time: no more layers than a family has kinds of. The index makes no other graphs; calls of
 # few keys do.
@@ -97,6 +97,24 @@ def test_a_compiled_step_keeps_the_index_of_a_static_cache(options):
     assert torch.equal(torch.cat(tokens, -1), expected[:, 60:])
     assert frames.frame_count <= 2  # a step is not compiled anew for every token
     assert all(layer.nc_indexes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("alpha", [2.0, (2.0, 3.0, 4.0)], ids=["one law", "a law a layer"])
+def test_the_layers_of_a_compiled_step_share_what_their_queries_see_and_its_budgets(alpha):
+    model = patch_model(tiny_model("llama", num_hidden_layers=3), alpha, 0.5, dense_below=0, selection="block")
+    ids, calls = random_ids(2, 41), []
+
+    def backend(graph, inputs):
+        calls.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    cache, again = (StaticCache(config=model.config, max_cache_len=90) for _ in range(2))
+    with torch.no_grad():
+        model(ids[:, :40], past_key_values=cache), model(ids[:, :40], past_key_values=again)
+        found = whole(model, backend)(ids[:, 40:], past_key_values=cache).logits
+        assert_close(found, model(ids[:, 40:], past_key_values=again).logits)
+    assert [sum(name in node for node in calls[0]) for name in ("nc_patch.row_budgets", "nc_patch.decode")] == [1, 3]
+    assert len(calls) == 1
 
 
 @EACH_PLAIN
