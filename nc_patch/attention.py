@@ -246,7 +246,7 @@ def _budgets(
     config = patch.config
     if config.layers is not None and decoding:
         find_all = lambda: config.budgets_by_layer(visible, key_length)  # noqa: E731
-        budgets: tuple[torch.Tensor, ...] = once(visible, ("budgets", config, key_length), find_all)
+        budgets: tuple[torch.Tensor, ...] = once(visible, ("budgets", config), find_all)
         return budgets[patch.layer], budgets
     return config.row_budgets(visible, key_length, patch.layer), ()
 

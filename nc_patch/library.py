@@ -95,7 +95,7 @@ def _decoding(run: Any) -> Any:
     return lambda tensors, index, *rest: tuple(run([*tensors, *index], *rest))
 
 
-_REST = "str selection, float[] numbers, int[] flags, int most, str backend"
+_REST = "str selection, float[] numbers, int[] flags, SymInt most, str backend"
 # An op that changes tensors in place cannot return a list.
 _FIELDS = ", ".join(["Tensor"] * len(AttentionResult._fields))
 # By name, and whether it reads the device on the host.
