@@ -132,7 +132,7 @@ def _attention(
     kept, begins = Indexes(), begins_by(mask)
     if held is not None and not compiling:
         held.nc_begin(begins)
-    if patch is not _UNPATCHED and Lk > config.dense_below and not config.is_dense(layer):
+    if patch is not _UNPATCHED and not config.is_short(Lk) and not config.is_dense(layer):
         problem, kept = _with_indexes(plan, patch, problem, held if in_place else None)
     result, dense_reason = _run(plan, patch, problem, selection, in_place), plan.dense_reason
     if held is not None and not compiling:

@@ -187,6 +187,10 @@ class NCConfig:
             return True
         return all(is_dense_law(alpha, C) for alpha, C in self.laws(layer))
 
+    def is_short(self, key_length: int) -> bool:
+        """Whether a call of so many keys runs dense; not in an exported graph, which is of all lengths."""
+        return not torch.compiler.is_exporting() and key_length <= self.dense_below
+
     def dense_reason(self, layer: int, selection: Selection, key_length: int) -> str | None:
         """Why a layer attends every key by a selection where no query sees more than ``key_length``; None where not."""
         if layer in self.dense_layers:
@@ -195,7 +199,7 @@ class NCConfig:
             return 'the selection is "dense"'
         if self.is_dense(layer):
             return "alpha >= 1 with C = 1 attends every key"
-        if key_length <= self.dense_below:
+        if self.is_short(key_length):
             return f"no query sees more than dense_below={self.dense_below} keys"
         return None
 
