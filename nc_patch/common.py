@@ -57,10 +57,13 @@ LARGEST_INTEGER = 2**31 - 1
 logger = logging.getLogger("nc_patch")
 
 
-@lru_cache(maxsize=256)
+warn_anew = lru_cache(maxsize=256)(logger.warning)
+
+
+@torch.compiler.assume_constant_result
 def say_once(message: str) -> None:
-    """Warns with a message that has not been said before."""
-    logger.warning(message)
+    """Warns with a message that has not been said before; of a compiled call while it is traced."""
+    warn_anew(message)
 
 
 def plain(value: Any) -> Any:
@@ -71,7 +74,7 @@ def plain(value: Any) -> Any:
 def as_integer(value: Any) -> int | None:
     """The value as an int, or None where it is no integer; a bool is none, nor is a float."""
     value = plain(value)
-    if isinstance(value, bool):
+    if isinstance(value, (bool, float)):
         return None
     try:
         return operator.index(value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nc_patch import sparse_attention
-from nc_patch.common import say_once
+from nc_patch.common import warn_anew
 from nc_patch.ops import backends
 from nc_patch.ops.backends import choose_backend, triton_problem
 from nc_patch.selections import Block, Dense, TopK, Window
@@ -91,7 +91,7 @@ def test_a_call_that_triton_cannot_run_equals_pytorch_and_says_so_once(selection
     monkeypatch.setattr(backends, "has_numba", lambda: False)
     tensors = [torch.randn(1, 2, 40, head_dim) for _ in range(3)]
     settings, reason = {"alpha": 2.0, "C": 0.5, "selection": selection}, f"head_dim of at most 256, got {head_dim}"
-    say_once.cache_clear()
+    warn_anew.cache_clear()
     with caplog.at_level(logging.WARNING, "nc_patch"):
         found = [sparse_attention(*tensors, **settings) for _ in range(2)]
     expected = sparse_attention(*tensors, **settings, backend="torch")

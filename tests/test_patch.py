@@ -22,7 +22,7 @@ from nc_patch import (
     reset_stats,
     unpatch_model,
 )
-from nc_patch.common import say_once
+from nc_patch.common import warn_anew
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 from nc_patch.selections import Block, TopK
 
@@ -129,7 +129,7 @@ def test_a_model_made_from_the_config_of_a_patched_one_runs_dense_and_the_log_sa
     ids, model = random_ids(1, 20), small()
     other = LlamaForCausalLM(copy.deepcopy(model.config)).eval()
     other.load_state_dict(model.state_dict())
-    say_once.cache_clear()
+    warn_anew.cache_clear()
     model(ids)
     assert "runs dense" not in caplog.text
     assert torch.equal(other(ids).logits, tiny_model("llama")(ids).logits)

@@ -11,6 +11,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from ways import assert_close, full_and_small, generated, small
 
 from nc_patch import patch_model, sparse_attention
+from nc_patch.common import say_once
 
 # Compiling takes most of the time: no more layers than a family has kinds of. The index makes no other graphs; calls of
 # few keys do.
@@ -178,6 +179,17 @@ def test_a_compiled_call_refuses_holes_that_come_once_the_cache_has_an_index():
             whole(model)(random_ids(3, 1), attention_mask=packed, past_key_values=cache, position_ids=position)
         eager = model(random_ids(3, 1), attention_mask=mask, past_key_values=cache, position_ids=position)
     assert bool(eager.logits.isfinite().all())
+
+
+def test_a_compiled_call_warns_once_and_in_one_graph(caplog):
+    def call(tensor):
+        say_once("said by a compiled call")
+        return tensor + 1
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for length in (2, 3, 4):
+        compiled(torch.zeros(length))
+    assert [record.message for record in caplog.records if record.name == "nc_patch"] == ["said by a compiled call"]
 
 
 def exported(function, inputs, shapes, model=None):

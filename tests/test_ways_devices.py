@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TextGenerationPipeline
 from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction, full_and_small, generated, small
 
 from nc_patch import UnsupportedModelError, is_patched, nc_stats, patch_model, patched, reset_stats, unpatch_model
-from nc_patch.common import say_once
+from nc_patch.common import warn_anew
 from nc_patch.layers import hand_on_mask
 from nc_patch.masks import interval_mask
 from nc_patch.visibility import is_packed, made_for
@@ -70,7 +70,7 @@ class CopiesMask(ModelHook):
 
 
 def test_a_model_that_is_dispatched_after_it_was_patched_is_right_and_says_how_it_would_be_faster(caplog):
-    say_once.cache_clear()
+    warn_anew.cache_clear()
     ids, model = random_ids(2, 40), small()
     expected = model(ids).logits.detach()
     for module in (*model.model.layers, *(layer.self_attn for layer in model.model.layers)):

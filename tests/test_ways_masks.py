@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from ways import assert_close, attended_fraction, boundaries, full, generated, left_padded, rows_of, small, with_holes
 
 from nc_patch import UnsupportedMaskError, nc_stats, patch_model
-from nc_patch.common import say_once
+from nc_patch.common import warn_anew
 from nc_patch.masks import interval_mask
 
 SELECTIONS = pytest.mark.parametrize("selection", ["topk", "window", "block"])
@@ -68,7 +68,7 @@ def test_boundaries_that_do_not_fit_are_refused(ends, key_ends, rows):
 
 def test_holes_are_said_once_in_the_log(caplog):
     model, batch = small(), with_holes(rows_of(3))
-    say_once.cache_clear()
+    warn_anew.cache_clear()
     model(**batch), model(**batch)
     assert sum("mask of a call has holes" in record.message for record in caplog.records) == 1
 

@@ -85,7 +85,7 @@ def test_an_index_is_not_kept_of_keys_or_values_that_the_cache_does_not_hold():
 
 
 def test_what_stays_dense_is_said_in_the_log_and_named_in_the_statistics(caplog):
-    nc_patch.common.say_once.cache_clear()
+    nc_patch.common.warn_anew.cache_clear()
     stats = nc_stats(patch_model(tiny_model(family_named("phi4_multimodal")), 2.0, 0.5))
     assert "Phi4MultimodalForCausalLM: left as it was: 3 x Phi4MultimodalVisionAttention" in caplog.text
     [vision] = (part for part in stats["left_dense"] if part["kind"] == "Phi4MultimodalVisionAttention")
