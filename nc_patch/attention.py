@@ -148,13 +148,15 @@ def _attention(
     if patch.observe is not None:
         patch.observe(Observed(layer, problem, result.output))
     if counts:
-        _count(patch, problem, result.attended if selection.counts_attended else None, dense_reason)
-        repeats = decoding and in_place and held is not None and dense_reason is None
+        counted = _counted(patch, problem, result.attended if selection.counts_attended else None, dense_reason)
+        patch.counters.add(*counted)
         alike = problem.sinks is None and not plan.measures and patch.observe is None and steps.is_plain(problem[:3])
-        if repeats and alike:
-            backend, _ = backend_of(problem, selection, config.backend)
-            run = selection.bound(problem, backend)
+        if decoding and in_place and held is not None and alike:
+            run = selection.bound(problem, backend_of(problem, selection, config.backend)[0])
+            if selection is _DENSE and _is_plain(plan, problem, in_place):
+                run = _attend_all
             fields = {"config": config, "run": run, "budgets": budgets, "begins": begins}
+            fields |= {"layer": layer, "counted": counted if selection is _DENSE else ()}
             steps.remember(mask, module, problem, arguments, kept, **fields)
     return result.output
 
@@ -281,7 +283,7 @@ def _most(config: NCConfig, key_length: int) -> int:
 
 def _run(plan: _Plan, patch: LayerPatch, problem: Problem, selection: Selection, in_place: bool) -> AttentionResult:
     """Attention of a problem by a selection, which may be that of all keys whatever the plan's is."""
-    backend, query, Lk = patch.config.backend, problem.query, problem.key.shape[2]
+    backend, query = patch.config.backend, problem.query
     if selection is _DENSE:
         problem = problem._replace(key_index=(), means=None, new=0)
         by_kernel = False
@@ -291,17 +293,27 @@ def _run(plan: _Plan, patch: LayerPatch, problem: Problem, selection: Selection,
             implemented = _DENSE.backends("prefill")
             chosen, _ = choose_backend("auto", query.device, head_dims=problem.head_dims, implemented=implemented)
             by_kernel = chosen == "cpu"
-        plain = not problem.softcap and problem.sinks is None and in_place and query.shape[2] in (1, Lk)
-        if plain and not by_kernel and plan.host_reads:
-            visible = problem.visible
-            if once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk)):
-                return AttentionResult(_sdpa(problem, None))
+        if not by_kernel and _is_plain(plan, problem, in_place):
+            return _attend_all(problem)
     elif plan.measures:
         bounded = problem.phase == "decode" and selection.bounds_kept_mass
         estimated = problem.phase != "decode" and selection.estimates
         seed = patch.audit_seed if estimated else -1
         problem = problem._replace(stats=not bounded and not estimated, bounds=bounded, audit_seed=seed)
     return attend(problem, selection, backend)
+
+
+def _is_plain(plan: _Plan, problem: Problem, in_place: bool) -> bool:
+    """Whether PyTorch's dense attention, without a mask, is what a problem asks for; reads the device."""
+    visible, Lq, Lk = problem.visible, problem.query.shape[2], problem.key.shape[2]
+    if problem.softcap or problem.sinks is not None or not in_place or Lq not in (1, Lk) or not plan.host_reads:
+        return False
+    found: bool = once(visible, ("plain causal", Lk), lambda: is_plain_causal(visible, Lk))
+    return found
+
+
+def _attend_all(problem: Problem) -> AttentionResult:
+    return AttentionResult(_sdpa(problem, None))
 
 
 def _dense_by_mask(problem: Problem, mask: torch.Tensor | None, crosses: bool) -> torch.Tensor:
@@ -333,19 +345,20 @@ def _sdpa(problem: Problem, mask: torch.Tensor | None, causal: bool = True) -> t
     return attend_all(query, key, value, mask, 0.0, causal, scale=problem.scale, enable_gqa=problem.group > 1)
 
 
-def _count(patch: LayerPatch, problem: Problem, own: torch.Tensor | None, dense_reason: str | None) -> None:
-    """Counts one call, with what it attended: its budget, or where the selection has its ``own`` number, that.
+def _counted(
+    patch: LayerPatch, problem: Problem, own: torch.Tensor | None, dense_reason: str | None
+) -> tuple[torch.Tensor, torch.Tensor, str | None, Any]:
+    """What ``LayerCounters.add`` takes of one call: its budget, or where the selection has its ``own`` number, that.
 
     What follows from the intervals and the settings alone is worked out once for all layers.
     """
     visible, config = problem.visible, patch.config
     attended = problem.budget if own is None else own
-    law: tuple[Any, ...] | None = None
+    law: tuple[Any, ...] = (config.laws(patch.layer), config.min_keys, config.dense_below)
     if dense_reason is not None:
         attended, law = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None], ()
-    elif own is None and attended.shape[-1] > MAX_DECODE_QUERIES:
-        law = (config.laws(patch.layer), config.min_keys, config.dense_below)
-    patch.counters.add(attended, visible, dense_reason, law)
+    later = own is not None or attended.shape[-1] <= MAX_DECODE_QUERIES
+    return attended, visible, dense_reason, None if later else law
 
 
 AttentionInterface.register(IMPLEMENTATION, nc_attention_forward)

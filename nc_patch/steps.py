@@ -12,6 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from nc_patch.cache import NO_CACHE, Indexes
+from nc_patch.common import LARGEST_INTEGER
 from nc_patch.config import NCConfig
 from nc_patch.layers import LayerPatch
 from nc_patch.ops.derivatives import runs_directly
@@ -19,7 +20,9 @@ from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.index import LAYOUTS
 
-_ATTRIBUTE = "_nc_step"
+# Of a mask: ``_dense_reasons``, and the steps that are known, by the reason of their layers.
+_ATTRIBUTE = "_nc_steps"
+_NO_STEPS: tuple[dict[int, Any], dict[Any, Any]] = ({}, {})
 
 
 class Step(NamedTuple):
@@ -32,7 +35,7 @@ class Step(NamedTuple):
         arguments: what else the attention function was given, the cache aside.
         kinds: kind, page size and capacity of the key indexes that each layer keeps: to choose by, and of means.
         paged: whether pages are counted from the first index's origin. budgets: of each layer, where they differ.
-        dense_layers: those that attend every key. begins: of the mask, see ``KeyIndexMixin.nc_begin``.
+        begins: of the mask, see ``KeyIndexMixin.nc_begin``. counted: what ``LayerCounters.add`` takes of a dense step.
     """
 
     config: NCConfig
@@ -44,21 +47,23 @@ class Step(NamedTuple):
     kinds: tuple[tuple[str, int, int], ...]
     paged: bool
     budgets: tuple[torch.Tensor, ...]
-    dense_layers: frozenset[int]
     begins: tuple[int, ...] | None
+    counted: tuple[Any, ...]
 
 
 def remember(
     mask: torch.Tensor, module: Any, problem: Problem, arguments: dict[str, Any], kept: Indexes, **fields: Any
 ) -> None:
-    """Keeps a step for the layers after this one, on the mask that they share; ``fields`` are its others."""
+    """Keeps a step of a ``layer`` for those after it, on the mask that they share; ``fields`` are that, and its others."""
     others = {name: value for name, value in arguments.items() if name not in ("nc_layer_cache", "scaling")}
     indexes = [index for index in (kept.choosing, kept.means) if index is not None]
     kinds = tuple((index.kind, index.block_size, index.capacity) for index in indexes)
     paged = kept.choosing is not None and LAYOUTS[kept.choosing.kind].paged
-    fields |= {"alike": _alike(problem[:3], arguments), "dense_layers": _dense_layers(fields["config"])}
-    step = Step(problem=problem, module_config=module.config, arguments=others, kinds=kinds, paged=paged, **fields)
-    setattr(mask, _ATTRIBUTE, step)
+    fields |= {"alike": _alike(problem[:3], arguments), "module_config": module.config, "arguments": others}
+    reasons, layer = _dense_reasons(fields["config"]), fields.pop("layer")
+    known, found = getattr(mask, _ATTRIBUTE, _NO_STEPS)
+    step = Step(problem=problem, kinds=kinds, paged=paged, **fields)
+    setattr(mask, _ATTRIBUTE, (reasons, {**(found if known is reasons else {}), reasons.get(layer): step}))
 
 
 def is_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
@@ -78,9 +83,10 @@ def repeat(
 
     ``arguments`` are what the attention function was given beside query, key and value.
     """
-    step: Step | None = getattr(mask, _ATTRIBUTE, None)
+    reasons, found = getattr(mask, _ATTRIBUTE, _NO_STEPS)
+    step: Step | None = found.get(reasons.get(patch.layer))
     held = arguments.get("nc_layer_cache", NO_CACHE).layer
-    if step is None or held is None or patch.config is not step.config or patch.layer in step.dense_layers:
+    if step is None or held is None or patch.config is not step.config:
         return None
     told = module.config is step.module_config and module.__dict__.get("masked_key_indices") is None
     told = told and len(arguments) == len(step.arguments) + 2
@@ -111,14 +117,18 @@ def repeat(
     result = step.run(problem)
     if step.kinds:
         held.nc_settle()
-    patch.counters.add(budget if result.attended is None else result.attended, shared.visible)
+    if step.counted:
+        patch.counters.add(*step.counted)
+    else:
+        patch.counters.add(budget if result.attended is None else result.attended, shared.visible)
     return result.output
 
 
 @lru_cache(maxsize=64)
-def _dense_layers(config: NCConfig) -> frozenset[int]:
-    by_law = range(config.layers) if config.layers is not None else ()
-    return frozenset(config.dense_layers).union(layer for layer in by_law if config.is_dense(layer))
+def _dense_reasons(config: NCConfig) -> dict[int, str | None]:
+    """Why layers decode densely at every length, by their number; None, or missing, where they are as most are."""
+    layers = {*config.dense_layers, *range(config.layers or 0)}
+    return {layer: config.dense_reason(layer, config.decode, LARGEST_INTEGER) for layer in layers}
 
 
 def _alike(tensors: tuple[torch.Tensor, ...], arguments: dict[str, Any]) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ def decode(model, monkeypatch, repeats, static=False, count=1):
 
 def compared(tiny, monkeypatch, settings, change=None, **how):
     """How often each layer is worked out, in a model that gives what it gives where all always are."""
-    models = [patch_model(copy.deepcopy(tiny), dense_below=0, **settings) for _ in range(2)]
+    models = [patch_model(copy.deepcopy(tiny), **{"dense_below": 0, **settings}) for _ in range(2)]
     for model in models if change else ():
         change(model.model.layers[2].self_attn)
     found, layers = decode(models[0], monkeypatch, True, **how)
@@ -70,11 +70,24 @@ def compared(tiny, monkeypatch, settings, change=None, **how):
         ({**LAW, "decode": "block", "prefill": "topk"}, [1, 0, 0, 0]),
         ({**LAW, "selection": "window"}, [1, 0, 0, 0]),
         ({**LAW, "backend": "torch", "key_index": "always"}, [1, 0, 0, 0]),
-        ({**LAW, "dense_layers": (0, 2)}, [1, 1, 1, 0]),
+        ({**LAW, "dense_layers": (0, 2)}, [1, 1, 0, 0]),
+        ({**LAW, "dense_below": 60}, [1, 0, 0, 0]),
         ({**BY_HEAD}, [1, 0, 1, 1]),
         ({**LAW, "track": True}, [1, 1, 1, 1]),
     ],
-    ids=["default", "drop", "no index", "block", "window", "torch", "dense layers", "by head", "track"],
+    ids=[
+        "default",
+        "drop",
+        "no index",
+        "block",
+        "window",
+        "torch",
+        "dense layers",
+        "short",
+        "dense",
+        "by head",
+        "track",
+    ],
 )
 def test_steps_give_what_they_give_where_each_layer_is_worked_out(tiny, monkeypatch, settings, expected, static, count):
     assert compared(tiny, monkeypatch, settings, static=static, count=count) == expected
