@@ -75,19 +75,7 @@ def compared(tiny, monkeypatch, settings, change=None, **how):
         ({**BY_HEAD}, [1, 0, 1, 1]),
         ({**LAW, "track": True}, [1, 1, 1, 1]),
     ],
-    ids=[
-        "default",
-        "drop",
-        "no index",
-        "block",
-        "window",
-        "torch",
-        "dense layers",
-        "short",
-        "dense",
-        "by head",
-        "track",
-    ],
+    ids="default drop index-never block window torch dense-layers short dense by-head track".split(),
 )
 def test_steps_give_what_they_give_where_each_layer_is_worked_out(tiny, monkeypatch, settings, expected, static, count):
     assert compared(tiny, monkeypatch, settings, static=static, count=count) == expected
