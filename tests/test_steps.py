@@ -72,10 +72,11 @@ def compared(tiny, monkeypatch, settings, change=None, **how):
         ({**LAW, "backend": "torch", "key_index": "always"}, [1, 0, 0, 0]),
         ({**LAW, "dense_layers": (0, 2)}, [1, 1, 0, 0]),
         ({**LAW, "dense_below": 60}, [1, 0, 0, 0]),
+        ({**LAW, "decode": "dense"}, [1, 0, 0, 0]),
         ({**BY_HEAD}, [1, 0, 1, 1]),
         ({**LAW, "track": True}, [1, 1, 1, 1]),
     ],
-    ids="default drop index-never block window torch dense-layers short dense by-head track".split(),
+    ids=["default", "drop", "no index", "block", "window", "torch", "layers", "short", "dense", "by head", "track"],
 )
 def test_steps_give_what_they_give_where_each_layer_is_worked_out(tiny, monkeypatch, settings, expected, static, count):
     assert compared(tiny, monkeypatch, settings, static=static, count=count) == expected
