@@ -54,7 +54,7 @@ class Step(NamedTuple):
 def remember(
     mask: torch.Tensor, module: Any, problem: Problem, arguments: dict[str, Any], kept: Indexes, **fields: Any
 ) -> None:
-    """Keeps a step for the layers after this one, on the mask that they share; ``fields``: its others, and ``layer``."""
+    """Keeps a step for the layers after it, on the mask that they share; ``fields``: its others, and its ``layer``."""
     others = {name: value for name, value in arguments.items() if name not in ("nc_layer_cache", "scaling")}
     indexes = [index for index in (kept.choosing, kept.means) if index is not None]
     kinds = tuple((index.kind, index.block_size, index.capacity) for index in indexes)
