@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from eval_tasks.bench import checks, command, measure, operator, report, timing
+from eval_tasks.bench import command, measure, operator, report, timing
 from eval_tasks.bench.inputs import GEOMETRIES, Geometry, make_inputs
 from nc_patch.cli import main
 from nc_patch.config import NCConfig
@@ -212,15 +212,17 @@ def dense(inputs):
 
 
 def test_an_output_is_wrong_by_a_percent_in_its_last_row_and_by_a_nan_in_a_row_that_is_not_compared():
-    inputs, rows = drawn(300), checks.checked_rows(300, 64)
+    inputs, rows = drawn(300), measure.checked_rows(300, 64)
     assert rows.tolist() == [*range(192), *range(256, 300)]
-    right = checks.expected_output(inputs, NCConfig(2.0, 0.6, selection="dense"), "prefill", rows)
+    right = measure.expected_output(inputs, NCConfig(2.0, 0.6, selection="dense"), "prefill", rows)
     output, scaled, cut, broken = (dense(inputs) for _ in range(4))
     scaled *= 1.01
     cut[:, :, -1] = 0
     broken[:, :, 200] = torch.nan
-    found = [checks.compare(each, right.output, rows, "dense")[1] for each in (output, scaled, cut, broken)]
-    assert found == [True, False, False, False]
+    measure.check({"method": "dense"}, output, right.output, rows)
+    for wrong in (scaled, cut, broken):
+        with pytest.raises(measure.WrongOutput):
+            measure.check({"method": "dense"}, wrong, right.output, rows)
 
 
 @pytest.mark.parametrize(("option", "attends_all"), [("dense_below=300", True), ("min_mass=0.5", False)])
