@@ -44,42 +44,31 @@ def test_laws_of_equal_mean_cost_spend_it_and_no_more() -> None:
         equal_in_mean(65, [64, 128])
 
 
-def naive_losses(row: synthetic.Row, sigma: float, k: int) -> dict[str, float]:
-    """The definitions, spelled out over whole rows of weights."""
+@pytest.mark.parametrize("sigma", [1.7, 4.0])
+def test_losses_of_a_row_are_those_of_the_definition_and_the_library_attends_it_so(sigma: float) -> None:
+    row, budgets = synthetic.draw(2048, 3), [0, 1, 17, 17, 300, 2047, 2048]
+    options = {"sink_keys": 0, "recent_keys": 0, "tail": "drop", "return_stats": True}
+    query, key = (torch.from_numpy(x).float().view(1, 1, -1, synthetic.CHANNELS) for x in (row.direction, row.inputs))
     weights = np.exp(sigma * row.z) / np.exp(sigma * row.z).sum()
-    kept = np.zeros_like(weights)
-    top = np.argsort(-row.z, kind="stable")[:k]
-    kept[top] = weights[top] / weights[top].sum() if k else 0.0
     dense = weights @ row.inputs
-    relative = np.linalg.norm(kept @ row.inputs - dense) / np.linalg.norm(dense)
-    found = {"kept_mass": weights[top].sum(), "weight_error": np.abs(kept - weights).max()}
-    return found | {"relative_error.shared": relative}
-
-
-def test_losses_of_a_row_are_those_of_the_definition() -> None:
-    row, budgets = synthetic.draw(300, 3), [0, 1, 17, 17, 299, 300]
-    found = synthetic.losses(row, 1.7, budgets)
-    for place, k in enumerate(budgets):
-        for name, expected in naive_losses(row, 1.7, k).items():
-            assert found[name][place] == pytest.approx(expected, rel=1e-9, abs=1e-12), (name, k)
+    found = pd.DataFrame(synthetic.losses(row, sigma, budgets))
+    for (_, losses), k in zip(found.iterrows(), budgets, strict=True):
+        mass = weights[:k].sum()  # the highest scores come first
+        kept = np.append(weights[:k] / mass if k else [], np.zeros(2048 - k))
+        relative = np.linalg.norm(kept @ row.inputs - dense) / np.linalg.norm(dense)
+        expected = {"kept_mass": mass, "weight_error": np.abs(kept - weights).max(), "relative_error.shared": relative}
+        assert dict(losses) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        if k:
+            attended = sparse_attention(sigma * query, key, key, alpha=k, scale=1.0, **options)
+            np.testing.assert_allclose(attended.output.flatten().numpy(), kept @ row.inputs, atol=1e-5)
+            assert float(attended.kept_mass) == pytest.approx(mass, abs=1e-5)
 
 
 def test_the_inputs_of_a_row_have_its_scores_and_unit_covariance() -> None:
     row = synthetic.draw(20_000, 0)
+    assert (np.diff(row.z) <= 0).all()
     np.testing.assert_allclose(row.inputs @ row.direction, row.z, atol=1e-12)
     np.testing.assert_allclose(np.cov(row.inputs.T), np.eye(synthetic.CHANNELS), atol=0.05)
-
-
-@pytest.mark.parametrize("sigma", [2.0, 4.0])
-def test_the_library_attends_a_row_as_the_float64_sums_do(sigma: float) -> None:
-    row, options = synthetic.draw(2048, 0), {"sink_keys": 0, "recent_keys": 0, "tail": "drop", "return_stats": True}
-    query, key = (torch.from_numpy(x).float().view(1, 1, -1, synthetic.CHANNELS) for x in (row.direction, row.inputs))
-    budgets = [int(law.mean(2048)) for law in equal_at(16, 128)]
-    kept, outputs, _ = synthetic.attend(row, sigma, budgets)
-    for place, budget in enumerate(budgets):
-        found = sparse_attention(sigma * query, key, key, alpha=budget, scale=1.0, **options)
-        np.testing.assert_allclose(found.output.flatten().numpy(), outputs[place], atol=1e-5)
-        assert float(found.kept_mass) == pytest.approx(kept[place], abs=1e-5)
 
 
 def test_supports_are_counted_from_the_largest_weight_down() -> None:

@@ -99,6 +99,7 @@ def test_runs_of_the_same_settings_are_reported_together_and_others_are_refused_
     assert list(zip(table["method"], table["samples"], strict=True)) == [("dense", 3), ("window", 3), ("nc-topk", 3)]
     page = (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
     assert [f"nc-patch eval --out {name}" in page for name in "ab"] == [True, True]
+    assert "9 of 25 measurements are made; the same command goes on." in page  # of 14 each, three of them the same
     assert (tmp_path / "all" / "main.png").read_bytes().startswith(b"\x89PNG")
     assert main(["report", str(first), str(second)]) == 2
     assert "--out DIR" in capsys.readouterr().err
@@ -107,15 +108,6 @@ def test_runs_of_the_same_settings_are_reported_together_and_others_are_refused_
         assert main(["report", str(first), str(other), "--out", str(tmp_path / "none")]) == 2
         assert f"whose settings are others: {message}\n" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
-
-
-def test_cells_that_several_runs_measured_count_once_and_a_success_before_any_failure(tmp_path):
-    rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 3.0}) + rows_of("recall", 2048, {"dense": 2.0})[:1]
-    lost = [failed(entry) for entry in rows]
-    for order in itertools.permutations((rows, lost)):
-        merged = merge_runs([write_run(tmp_path / str(number), entries) for number, entries in enumerate(order)])
-        assert sorted(merged[1], key=str) == sorted(rows, key=str)
-        assert Report(*merged, 0.05).progress == "7 of 21 measurements are made; the same command goes on."
 
 
 def test_loss_by_position_is_of_the_samples_that_a_method_shares_with_dense():
