@@ -29,9 +29,9 @@ _OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense", "token_losses"]
 
 
 def measurements(rows: Iterable[Row]) -> pd.DataFrame:
-    """Rows, each cell once, with the ``loss`` (nats per scored token, or 1 − score) and that of ``dense`` attention.
+    """Rows, each cell once, with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed.
 
-    Both are NaN where measuring failed.
+    ``dense_loss`` and ``dense_token_losses`` are those of dense attention on the same sample.
     """
     names = [*_OTHERS, *_NUMBERS]
     frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype=object)
@@ -42,7 +42,7 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     tasks = [*(name for name in TASKS if name in there), *sorted(there - set(TASKS))]
     frame["task"] = pd.Categorical(frame["task"], tasks)
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
-    dense = frame[frame["method"] == DENSE].set_index(_SAMPLE)["loss"].rename("dense")
+    dense = frame[frame["method"] == DENSE].set_index(_SAMPLE)[["loss", "token_losses"]].add_prefix("dense_")
     return frame.sort_values([*CELL, "sample"], ignore_index=True).join(dense, on=_SAMPLE)
 
 
@@ -79,12 +79,12 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
 
     ``within`` is the margin: 0.05 is five percent more perplexity, or five answers in a hundred.
     """
-    paired = frame[frame["method"] != DENSE].dropna(subset=["loss", "dense"]).groupby(CELL, observed=True)
+    paired = frame[frame["method"] != DENSE].dropna(subset=["loss", "dense_loss"]).groupby(CELL, observed=True)
     fails = {cell: dense_fails(frame, *cell[:2]) for cell in paired.groups}
     family = sum(len(own) >= MIN_SAMPLES and not fails[cell] for cell, own in paired)
     rows = []
     for cell, own in paired:
-        found = compare(own["loss"].to_numpy(), own["dense"].to_numpy(), *_margin(frame, cell[0], within), family)
+        found = compare(own["loss"].to_numpy(), own["dense_loss"].to_numpy(), *_margin(frame, cell[0], within), family)
         rows.append([*cell, *found.values(), fails[cell]])
     columns = [*CELL, *compare([0.0], [0.0], 1.0), "dense_fails"]
     table = pd.DataFrame(rows, columns=columns).astype(frame.dtypes[CELL].to_dict() | {"dense_fails": bool})
@@ -162,7 +162,7 @@ def needed_budgets(frame: pd.DataFrame, within: float) -> pd.DataFrame:
     """
     named = pd.DataFrame([keys_of(name) for name in frame["method"]], columns=["base", "keys"], index=frame.index)
     swept, found = frame.join(named).dropna(subset=["keys"]), {}
-    swept["over"] = swept["loss"] - swept["dense"]
+    swept["over"] = swept["loss"] - swept["dense_loss"]
     for task, method in dict.fromkeys(zip(swept["task"], swept["base"], strict=True)):
         own = swept[(swept["task"] == task) & (swept["base"] == method)]
         own = own[~own["length"].isin([n for n in set(own["length"]) if dense_fails(frame, task, n)])]
