@@ -14,12 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from frame import Measurement
+from frame import Measurement, read
 from torch.nn.functional import scaled_dot_product_attention as dense
 from transformers import DynamicCache
 
 from eval_tasks.models import load_model
-from eval_tasks.texts import load_text
 from nc_patch import KeyIndex, NCConfig, patched
 from nc_patch.functional import attend, by_index
 from nc_patch.ops.means import PageMeans
@@ -52,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--repeats", type=int, default=5, help="timed rounds of operators; of prompts half as many")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they were")
     arguments, record = measurement.start(argv)
-    longest = max([*arguments.lengths, arguments.context + 40])
-    model, ids = loaded_text(arguments.model, longest)
-    repeats = arguments.repeats
+    loaded = load_model(arguments.model, "float32", "cpu")
+    _, ids = read(loaded, "python-reference", max([*arguments.lengths, arguments.context + 40]))
+    model, repeats = loaded.model, arguments.repeats
     with torch.inference_mode():
         if "operator" in arguments.parts:
             found = {keys: in_turns(decoding(keys), 3 * repeats, cold=True) for keys in arguments.keys}
@@ -166,15 +165,6 @@ def prompts(model: Any, ids: torch.Tensor, methods: dict[str, Options]) -> dict[
     """A forward pass, by name."""
     forward = partial(model, ids, logits_to_keep=1)
     return {name: partial(seconds_of, forward, model, options) for name, options in methods.items()}
-
-
-def loaded_text(model: str, length: int) -> tuple[Any, torch.Tensor]:
-    """A model, and so many tokens of a text."""
-    loaded = load_model(model, "float32", "cpu")
-    ids = loaded.tokenizer(load_text("python-reference").content[: length * 12])["input_ids"][:length]
-    if len(ids) < length:
-        raise SystemExit(f"the text has {len(ids)} tokens, {length} are needed")
-    return loaded.model, torch.tensor([ids])
 
 
 if __name__ == "__main__":

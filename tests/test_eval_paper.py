@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from scipy import integrate, stats
+from script_modules import load_script
 from tiny_models import random_ids, tiny_model
 
 from eval_tasks.errors import EvalError
 from eval_tasks.paper import model, synthetic
 from eval_tasks.paper.laws import Law, compare, equal_at, equal_in_mean, estimate
 from nc_patch import sparse_attention
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
@@ -154,7 +152,7 @@ def test_a_model_is_measured_sample_by_sample() -> None:
 
 
 def test_the_quick_run_writes_records_and_pictures(tmp_path: Path) -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "reproduce_paper.py"))["main"]
+    script, tmp_path = load_script("reproduce_paper").main, tmp_path / "paper.1"
     with pytest.raises(SystemExit, match="measure first"):
         script(["--parts", "figures", "--out", str(tmp_path)])
     script(["--quick", "--parts", "synthetic", "figures", "--threads", "1", "--out", str(tmp_path)])
