@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 from eval_tasks.figures import position_panels
-from eval_tasks.merging import merge_runs
 from eval_tasks.methods import METHODS
 from eval_tasks.report import Report, write_report
 from eval_tasks.stats import paired_difference
@@ -46,33 +45,29 @@ def failed(entry):
     return {name: entry[name] for name in cell} | {"failed": "out of memory"}
 
 
-def run_of(**identity):
-    known = {"model": NASTY, "methods": list(METHODS), "tasks": ["recall", "unseen", "perplexity"], "lengths": [4096]}
+def run_of(sessions=({"started": "now"},), **identity):
+    """What ``run.json`` says, of one machine unless there are other sessions."""
+    known = {"model": "tiny", "methods": list(METHODS), "tasks": ["recall", "unseen", "perplexity"], "lengths": [4096]}
     known |= {"samples": 3, "scored": 10, "passage": 10, "alpha": 2.0, "C": 0.5, "equal_at": 1024, "seed": 0}
     model = {"model_class": "LlamaForCausalLM", "model_dtype": "float32", "model_parameters": 10}
     text = {"text_origin": NASTY, "text_tokens": 1000}
-    here = {"planned": 14, "hardware": {"processor": NASTY, "threads": 2}}
+    here = {"planned": 14, "hardware": {"processor": NASTY, "threads": 2}, "sessions": sessions}
     return {"identity": known | {"phase": "all", "match": "deploy"} | identity, **model, **text, **here}
 
 
-def write_run(directory, rows, sessions=({"started": "now"},), **identity):
+def write_run(directory, rows, **identity):
     directory.mkdir(parents=True, exist_ok=True)
-    run = run_of(**{"model": "tiny"} | identity) | {"sessions": sessions}
     (directory / "results.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows), encoding="utf-8")
-    (directory / "run.json").write_text(json.dumps(run | {"command": f"nc-patch eval --out {directory.name}"}))
+    run = run_of(**identity) | {"command": f"nc-patch eval --out {directory.name}"}
+    (directory / "run.json").write_text(json.dumps(run), encoding="utf-8")
     return directory
 
 
-@pytest.fixture
-def said_of(tmp_path):
+def said_of(rows, **further):
     """What the report of some rows says, but for its tables of all numbers."""
-
-    def said_of(rows, **further):
-        report = Report(*merge_runs([write_run(tmp_path / "run", rows, **further)]), 0.05)
-        table = [report.table.title, report.table.to_text()] if report.table else []
-        return " ".join([report.result, report.progress, *report.caveats, *table])
-
-    return said_of
+    report = Report(run_of(**further), rows, 0.05)
+    table = [report.table.title, report.table.to_text()] if report.table else []
+    return " ".join([report.result, report.progress, *report.caveats, *table])
 
 
 def summary_of(rows):
@@ -147,10 +142,10 @@ def test_time_is_that_of_the_part_that_is_sparse(phase, seconds):
     assert (cell.seconds_per_answer_token, cell.answer_tokens) == pytest.approx((0.2, 11))
 
 
-def test_verdicts_are_those_of_the_losses(said_of):
+def test_verdicts_are_those_of_the_losses():
     factors = {"dense": 1.0, "nc-topk": 1.01, "window": 2.0}
     rows = [row("perplexity", 512, i, name, (10 + i) * by) for i in range(24) for name, by in factors.items()]
-    said = said_of(rows, lengths=[512])
+    said = said_of(rows)
     assert "At 512 tokens, α·n^C top-k attention reads 5.0 % of the keys and takes 1.00 times as long" in said
     assert "perplexity is 1.0 % higher (slightly worse)" in said
 
@@ -173,7 +168,7 @@ def test_the_effective_length_ends_at_the_first_length_outside(losses, reached):
     assert tuple(answers) == ("niah_single_1", "nc", 0, 1024)
 
 
-def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_shown_where_all_are_there(said_of):
+def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_shown_where_all_are_there():
     rights = {"dense": lambda i: 1, "nc-topk": lambda i: i > 0, "window": lambda i: i % 5 == 0}
     rows = answers_of(1024, rights)
     compared = comparisons(measurements(rows), 0.05).set_index("method")
@@ -195,7 +190,7 @@ def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_sh
         assert "mean of 4 tasks is" not in said_of(lost)
 
 
-def test_iso_quality_is_what_an_iso_run_reports_and_unfinished_lengths_take_nothing_from_others(said_of):
+def test_iso_quality_is_what_an_iso_run_reports_and_unfinished_lengths_take_nothing_from_others():
     def measured(lengths, samples=8, budgets=(16, 64, 256)):
         levels = lambda n: {f"fixed-topk@{k}": 2.0 * (2.0 * n**0.5 / k) ** 0.5 for k in budgets}  # noqa: E731
         return [entry for n in lengths for entry in rows_of("recall", n, {"dense": 2.0} | levels(n), samples)]
@@ -213,7 +208,7 @@ def test_iso_quality_is_what_an_iso_run_reports_and_unfinished_lengths_take_noth
     assert needed_budgets(measurements(lost), 0.05).empty
 
 
-def test_the_first_table_is_of_the_longest_length_at_which_dense_works_and_every_method_has_its_samples(said_of):
+def test_the_first_table_is_of_the_longest_length_at_which_dense_works_and_every_method_has_its_samples():
     rows = rows_of("recall", 1024, {"dense": 2.0, "nc-topk": 3.0}) + rows_of("recall", 2048, {"dense": 2.0})
     rows += rows_of("recall", 2048, {"nc-topk": 9.0}, samples=1)
     rows += rows_of("recall", 4096, {"dense": 30.0, "nc-topk": 33.0}) + rows_of("unseen", 4096, {"dense": 37.0})
@@ -226,7 +221,7 @@ def test_the_first_table_is_of_the_longest_length_at_which_dense_works_and_every
     assert "nothing is compared" in said_of(rows_of("recall", 1024, {"nc-topk": 3.0, "window": 9.0}))
 
 
-def test_caveats_say_what_weakens_a_comparison(said_of):
+def test_caveats_say_what_weakens_a_comparison():
     rows = rows_of(
         "recall", 4096, {"dense": 2.0, "nc-topk": 3.0, "streaming": 2.1, "block": 5}, ran_dense={"a mask": 1}
     )
