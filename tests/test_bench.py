@@ -92,6 +92,10 @@ def off(*arguments, **options):
     return 1.1 * operator_attention(*arguments, **options)
 
 
+def too_large(*arguments, **options):
+    return torch.empty(1 << 55)
+
+
 def replays_nothing(step, *arguments, **options):
     """``timing.prepare``, as if a CUDA graph of a selection's step had left the output as it was."""
     output = step(0) if isinstance(step, functools.partial) else step(0) * torch.nan
@@ -106,6 +110,7 @@ NO_KERNEL = mock.Mock(side_effect=RuntimeError("No available kernel"))
     ("name", "instead", "kind", "status", "said"),
     [
         ("operator.sparse_attention", NO_MEMORY, "sparse", "out of memory", "no 9 GB"),
+        ("operator.sparse_attention", too_large, "sparse", "out of memory", "tried to allocate"),
         ("operator.sparse_attention", NO_KERNEL, "sparse", "error", "No available kernel"),
         ("operator.sparse_attention", off, "sparse", "wrong", "off by 0.1 from the PyTorch backend"),
         ("operator.scaled_dot_product_attention", NO_KERNEL, "dense", "absent", "No available kernel"),

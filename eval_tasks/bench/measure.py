@@ -107,7 +107,8 @@ def fail(row: Row, error: Exception) -> None:
         row |= {"status": WRONG, "message": str(error)}
         return
     absent = row["kind"] == "dense" and "No available kernel" in str(error)
-    short_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    # On the CPU PyTorch raises a plain RuntimeError, which only its words tell apart.
+    short_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
     status = ABSENT if absent else NO_MEMORY if short_of_memory else FAILED
     row |= {"status": status, "message": first_line(error)}
 
