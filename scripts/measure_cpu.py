@@ -29,6 +29,7 @@ PARTS = ("operator", "steps", "prompts", "track")
 LAW = {"alpha": 4.0, "C": 0.6}
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 Options = dict[str, Any] | None
+Methods = dict[str, Callable[[], float]]  # what runs once, and returns its seconds, by name
 STEPS: dict[str, Any] = {
     "dense": None,
     "topk with means": LAW | {"selection": "topk"},
@@ -83,7 +84,7 @@ def seconds_of(run: Callable[[], Any], model: Any = None, options: Options = Non
         return time.perf_counter() - begin
 
 
-def in_turns(methods: dict[str, Callable[[], float]], repeats: int, cold: bool = False) -> dict[str, float]:
+def in_turns(methods: Methods, repeats: int, cold: bool = False) -> dict[str, float]:
     """Median of the seconds that each method returns; the first round is not counted.
 
     ``cold``: what the caches hold is replaced before each run, as the other layers of a model do.
@@ -109,7 +110,7 @@ def over_dense(title: str, found: dict[int, dict[str, float]]) -> dict[str, Any]
     return rows
 
 
-def decoding(keys: int) -> dict[str, Callable[[], float]]:
+def decoding(keys: int) -> Methods:
     """Attention of one query over so many keys, by name."""
     draw = torch.Generator().manual_seed(0)
     query = 1.5 * torch.randn(1, HEADS, 1, HEAD_DIM, generator=draw)
@@ -135,7 +136,7 @@ def decoding(keys: int) -> dict[str, Callable[[], float]]:
     return {name: partial(seconds_of, run) for name, run in methods.items()}
 
 
-def tracked(make: Callable[[dict[str, Options]], dict[str, Callable[[], float]]], repeats: int) -> dict[str, float]:
+def tracked(make: Callable[[dict[str, Options]], Methods], repeats: int) -> dict[str, float]:
     """The time of each method with its kept mass tracked, over that without."""
     found = {}
     for name, options in TRACKED.items():
@@ -144,9 +145,7 @@ def tracked(make: Callable[[dict[str, Options]], dict[str, Callable[[], float]]]
     return found
 
 
-def steps(
-    model: Any, ids: torch.Tensor, context: int, methods: dict[str, Options]
-) -> dict[str, Callable[[], float]]:  # fmt: skip
+def steps(model: Any, ids: torch.Tensor, context: int, methods: dict[str, Options]) -> Methods:
     """Decoding of a token after ``context`` others, by name."""
     prompt = DynamicCache()
     model(ids[:, :context], past_key_values=prompt, logits_to_keep=1)
@@ -161,7 +160,7 @@ def steps(
     }
 
 
-def prompts(model: Any, ids: torch.Tensor, methods: dict[str, Options]) -> dict[str, Callable[[], float]]:
+def prompts(model: Any, ids: torch.Tensor, methods: dict[str, Options]) -> Methods:
     """A forward pass, by name."""
     forward = partial(model, ids, logits_to_keep=1)
     return {name: partial(seconds_of, forward, model, options) for name, options in methods.items()}
