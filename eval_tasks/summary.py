@@ -31,11 +31,13 @@ _OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense", "token_losses"]
 def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows, each cell once, with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed.
 
-    ``dense_loss`` and ``dense_token_losses`` are those of dense attention on the same sample.
+    ``dense_loss`` and ``dense_token_losses`` are those of dense attention on the same sample; ``is_answer`` says whether
+    the task scores generated answers, and not a text.
     """
     names = [*_OTHERS, *_NUMBERS]
     frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype=object)
     frame = frame.astype(dict.fromkeys(_NUMBERS, float) | dict.fromkeys(("length", "sample"), "int64"))
+    frame["is_answer"] = frame["score"].notna().groupby(frame["task"]).transform("any")
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
     frame["loss"] = loss.where(frame["failed"].isna())
     there = set(frame["task"])
@@ -84,7 +86,7 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
     family = sum(len(own) >= MIN_SAMPLES and not fails[cell] for cell, own in paired)
     rows = []
     for cell, own in paired:
-        found = compare(own["loss"].to_numpy(), own["dense_loss"].to_numpy(), *_margin(frame, cell[0], within), family)
+        found = compare(own["loss"].to_numpy(), own["dense_loss"].to_numpy(), *_margin(own, within), family)
         rows.append([*cell, *found.values(), fails[cell]])
     columns = [*CELL, *compare([0.0], [0.0], 1.0), "dense_fails"]
     table = pd.DataFrame(rows, columns=columns).astype(frame.dtypes[CELL].to_dict() | {"dense_fails": bool})
@@ -94,15 +96,11 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
 def dense_fails(frame: pd.DataFrame, task: str, length: int) -> bool:
     """Whether dense attention itself fails at a task and length, so that no method can be judged there."""
     dense = frame[(frame["length"] == length) & (frame["method"] == DENSE)]
-    mean = dense.loc[dense["task"] == task, "loss"].mean()
-    if is_answer(frame, task):
-        return bool(mean > 1 - _SCORE_NEEDED)
-    return task == "recall" and bool(dense.loc[dense["task"] == UNSEEN, "loss"].mean() - mean < _GAIN_NEEDED)
-
-
-def is_answer(frame: pd.DataFrame, task: str) -> bool:
-    """Whether a task scores generated answers, and not a text."""
-    return bool(frame.loc[frame["task"] == task, "score"].notna().any())
+    own = dense[dense["task"] == task]
+    if own["is_answer"].any():
+        return bool(own["loss"].mean() > 1 - _SCORE_NEEDED)
+    gain = dense.loc[dense["task"] == UNSEEN, "loss"].mean() - own["loss"].mean()
+    return task == "recall" and bool(gain < _GAIN_NEEDED)
 
 
 def effective_lengths(summary: pd.DataFrame, compared: pd.DataFrame, within: float) -> pd.DataFrame:
@@ -174,7 +172,7 @@ def needed_budgets(frame: pd.DataFrame, within: float) -> pd.DataFrame:
         samples = over.notna().T.groupby(level="length").all().sum(axis=1)
         over = over[samples.index[samples == samples.max()]].dropna()
         if over.size:
-            found[task, method] = iso_quality(over, _margin(frame, task, within)[0])
+            found[task, method] = iso_quality(over, _margin(own, within)[0])
     if not found:
         return pd.DataFrame()
     return pd.concat(found, names=["task", "method"]).reset_index([0, 1]).reset_index(drop=True)
@@ -190,9 +188,9 @@ def title_of(task: str) -> str:
     return TASKS[task].title if task in TASKS else task
 
 
-def _margin(frame: pd.DataFrame, task: str, within: float) -> tuple[float, bool]:
-    """The margin on the loss that ``within`` means, and whether it is one of answers rather than of nats per token."""
-    answers = is_answer(frame, task)
+def _margin(own: pd.DataFrame, within: float) -> tuple[float, bool]:
+    """The margin on the loss that ``within`` means in one task, and whether it is one of answers, not of nats."""
+    answers = bool(own["is_answer"].any())
     return (within if answers else math.log1p(within)), answers
 
 
