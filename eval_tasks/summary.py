@@ -31,7 +31,7 @@ _OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense", "token_losses"]
 def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows, each cell once, with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed.
 
-    ``dense_loss`` and ``dense_token_losses`` are those of dense attention on the same sample; ``is_answer`` says whether
+    ``dense_loss`` and ``dense_token_losses`` are those of dense attention on the same sample. ``is_answer`` says that
     the task scores generated answers, and not a text.
     """
     names = [*_OTHERS, *_NUMBERS]
