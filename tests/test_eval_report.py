@@ -181,6 +181,7 @@ def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_sh
     assert list(shown["score"]) == pytest.approx([1.0, 0.2, 0.95])
     assert shown["low"].isna().all()
     assert "mean of 4 tasks is 5 points lower (undecided in 4)" in said_of(rows)
+    assert set(comparisons(measurements([failed(rows[0]), *rows[1:]]), 0.05)["margin"]) == {0.05}
     one = [entry for entry in rows if entry["sample"] == 0]
     assert "mean of 4 tasks is 100 points lower (too few samples in 4)" in said_of(one)
     assert "Against dense attention at 1,024 tokens" in said_of(rows + answers_of(2048, rights, task="b"))
@@ -206,6 +207,8 @@ def test_iso_quality_is_what_an_iso_run_reports_and_unfinished_lengths_take_noth
         again = needed_budgets(measurements(whole + unfinished), 0.05)
         pd.testing.assert_frame_equal(again, found)
     assert needed_budgets(measurements(lost), 0.05).empty
+    rest = [failed(e) if (e["length"], e["method"]) == (256, "fixed-topk@256") else e for e in whole]
+    assert list(needed_budgets(measurements(rest), 0.05)["keys"]) == pytest.approx(list(found["keys"]))
 
 
 def test_the_first_table_is_of_the_longest_length_at_which_dense_works_and_every_method_has_its_samples():
@@ -230,6 +233,7 @@ def test_caveats_say_what_weakens_a_comparison():
     for text in (
         "13 of 14 measurements are made",
         "Few samples: 3 documents",
+        "With 3 comparisons a difference takes at least 7 documents",
         "Not measured, out of memory: fixed window in recall perplexity at 4,096 tokens (1 samples)",
         "ran dense: a mask",
         "Parts of this run were measured on different hardware",
