@@ -94,16 +94,12 @@ def position_panels(frame: pd.DataFrame) -> list[Panel]:
     Of the same samples for a method and for dense.
     """
     panels = []
-    for task, own in frame.dropna(subset=["token_losses"]).groupby("task", observed=True):
-        wide = own.pivot(index=["length", "sample"], columns="method", values="token_losses")
-        if DENSE not in wide or not len(wide := wide.dropna(subset=[DENSE]).dropna(thresh=2)):  # dense and another
-            continue
-        length = max(wide.index.get_level_values("length"))
-        dense, *methods = wide.loc[[length]].dropna(axis=1, how="all").items()
-        lines = []
-        for name, losses in methods:
-            pairs = zip(losses, dense[1], strict=True)
-            over = np.mean([np.subtract(*pair) for pair in pairs if isinstance(pair[0], list)], axis=0)
+    compared = frame[frame["method"] != DENSE].dropna(subset=["token_losses", "dense_token_losses"])
+    for task, own in compared.groupby("task", observed=True):
+        length, lines = own["length"].max(), []
+        for name, measured in own[own["length"] == length].groupby("method", observed=True):
+            pairs = zip(measured["token_losses"], measured["dense_token_losses"], strict=True)
+            over = np.mean([np.subtract(*pair) for pair in pairs], axis=0)
             edges = np.unique(np.linspace(0, len(over), min(_POSITION_BINS, len(over)) + 1).astype(int))
             means = np.add.reduceat(over, edges[:-1]) / np.diff(edges)
             lines.append(Line(find_method(name).title, (edges[:-1] + edges[1:]) / 2, means, style_of(name)))

@@ -80,12 +80,11 @@ def corrected(compared: pd.DataFrame) -> pd.DataFrame:
     """Comparisons with the p-values of each question after Holm's correction, and the ``verdict`` in words.
 
     Lines with ``dense_fails``, or too few documents, have no verdict and do not count. A margin that could not be
-    tested counts as if its p were 1, since it was asked.
+    tested counts, since it was asked.
     """
     table, judged = compared.copy(), ~compared["dense_fails"] & compared["p_difference"].notna()
     for name in ("p_difference", "p_margin"):
-        p = table.loc[judged, name]
-        table.loc[judged, name] = np.where(p.isna(), math.nan, holm(p.fillna(1.0)))
+        table.loc[judged, name] = holm(table.loc[judged, name].to_numpy())
     shown, within = table["p_difference"] <= SIGNIFICANCE, table["p_margin"] <= SIGNIFICANCE
     verdicts = {
         DENSE_FAILS: table["dense_fails"],
@@ -99,7 +98,10 @@ def corrected(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def holm(p_values: Numbers) -> np.ndarray:
-    """p-values adjusted by Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979)."""
+    """p-values adjusted by Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979).
+
+    NaN is sorted last and stays, and counts as one of them.
+    """
     order, count = np.argsort(p_values, kind="stable"), len(p_values)
     adjusted = np.empty(count)
     adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(count, 0, -1) * np.asarray(p_values)[order]))

@@ -16,6 +16,7 @@ from eval_tasks.store import Row
 from eval_tasks.tasks import TASKS
 
 CELL = ["task", "length", "method"]
+_SAMPLE = ["task", "length", "sample"]
 UNSEEN = "unseen"
 _TASKS_SHOWN = 3
 # Dense attention has to gain so many nats from the first copy, or answer so much right, to be compared with.
@@ -28,17 +29,23 @@ _OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense", "token_losses"]
 
 
 def measurements(rows: Iterable[Row]) -> pd.DataFrame:
-    """Rows, each cell once, with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed."""
+    """Rows, each cell once, with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed.
+
+    ``dense_loss`` and ``dense_token_losses`` are those of dense attention on the same sample. ``is_answer`` says that
+    the task scores generated answers, and not a text.
+    """
     names = [*_OTHERS, *_NUMBERS]
     frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype=object)
     frame = frame.astype(dict.fromkeys(_NUMBERS, float) | dict.fromkeys(("length", "sample"), "int64"))
+    frame["is_answer"] = frame["score"].notna().groupby(frame["task"]).transform("any")
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
     frame["loss"] = loss.where(frame["failed"].isna())
     there = set(frame["task"])
     tasks = [*(name for name in TASKS if name in there), *sorted(there - set(TASKS))]
     frame["task"] = pd.Categorical(frame["task"], tasks)
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
-    return frame.sort_values([*CELL, "sample"], ignore_index=True)
+    dense = frame[frame["method"] == DENSE].set_index(_SAMPLE)[["loss", "token_losses"]].add_prefix("dense_")
+    return frame.sort_values([*CELL, "sample"], ignore_index=True).join(dense, on=_SAMPLE)
 
 
 def summarise(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
@@ -74,20 +81,13 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
 
     ``within`` is the margin: 0.05 is five percent more perplexity, or five answers in a hundred.
     """
-    paired = []
-    for (task, length), own in frame.dropna(subset=["loss"]).groupby(["task", "length"], observed=True):
-        wide = own.pivot(index="sample", columns="method", values="loss")
-        if DENSE in wide:
-            fails = dense_fails(frame, task, length)
-            for method in wide.columns.drop(DENSE):
-                if len(pairs := wide[[method, DENSE]].dropna()):
-                    paired.append((task, length, method, fails, pairs))
-    family = sum(len(pairs) >= MIN_SAMPLES for *_, fails, pairs in paired if not fails)
+    paired = frame[frame["method"] != DENSE].dropna(subset=["loss", "dense_loss"]).groupby(CELL, observed=True)
+    fails = {cell: dense_fails(frame, *cell[:2]) for cell in paired.groups}
+    family = sum(len(own) >= MIN_SAMPLES and not fails[cell] for cell, own in paired)
     rows = []
-    for *cell, fails, pairs in paired:
-        values, reference = pairs.to_numpy().T
-        found = compare(values, reference, *_margin(frame, cell[0], within), family)
-        rows.append(dict(zip(CELL, cell, strict=True)) | found | {"dense_fails": fails})
+    for cell, own in paired:
+        found = compare(own["loss"].to_numpy(), own["dense_loss"].to_numpy(), *_margin(own, within), family)
+        rows.append([*cell, *found.values(), fails[cell]])
     columns = [*CELL, *compare([0.0], [0.0], 1.0), "dense_fails"]
     table = pd.DataFrame(rows, columns=columns).astype(frame.dtypes[CELL].to_dict() | {"dense_fails": bool})
     return corrected(table)
@@ -96,15 +96,11 @@ def comparisons(frame: pd.DataFrame, within: float) -> pd.DataFrame:
 def dense_fails(frame: pd.DataFrame, task: str, length: int) -> bool:
     """Whether dense attention itself fails at a task and length, so that no method can be judged there."""
     dense = frame[(frame["length"] == length) & (frame["method"] == DENSE)]
-    mean = dense.loc[dense["task"] == task, "loss"].mean()
-    if is_answer(frame, task):
-        return bool(mean > 1 - _SCORE_NEEDED)
-    return task == "recall" and bool(dense.loc[dense["task"] == UNSEEN, "loss"].mean() - mean < _GAIN_NEEDED)
-
-
-def is_answer(frame: pd.DataFrame, task: str) -> bool:
-    """Whether a task scores generated answers, and not a text."""
-    return bool(frame.loc[frame["task"] == task, "score"].notna().any())
+    own = dense[dense["task"] == task]
+    if own["is_answer"].any():
+        return bool(own["loss"].mean() > 1 - _SCORE_NEEDED)
+    gain = dense.loc[dense["task"] == UNSEEN, "loss"].mean() - own["loss"].mean()
+    return task == "recall" and bool(gain < _GAIN_NEEDED)
 
 
 def effective_lengths(summary: pd.DataFrame, compared: pd.DataFrame, within: float) -> pd.DataFrame:
@@ -148,11 +144,10 @@ def longest_compared(summary: pd.DataFrame, compared: pd.DataFrame) -> int | Non
     Else the longest at which a line of ``overview`` compares anything; None without any.
     """
     shown = overview(summary).dropna(subset=["loss_minus_dense"])
-    judged = compared[compared["length"].isin(shown["length"])]
     usable = summary[summary["samples"] > 0]
     tried = (usable["samples"] + usable["failed"]).groupby([usable["task"], usable["length"]], observed=True).nunique()
-    whole = np.array([tried[cell] == 1 for cell in zip(judged["task"], judged["length"], strict=True)], dtype=bool)
-    best = judged[whole & ~judged["dense_fails"]]
+    judged = compared[compared["length"].isin(shown["length"])].join(tried.rename("tried"), on=["task", "length"])
+    best = judged[(judged["tried"] == 1) & ~judged["dense_fails"]]
     return int((best if len(best) else judged)["length"].max()) if len(judged) else None
 
 
@@ -164,10 +159,8 @@ def needed_budgets(frame: pd.DataFrame, within: float) -> pd.DataFrame:
     that are not measured to the end: fewer samples, or fewer budgets, would say less of all others.
     """
     named = pd.DataFrame([keys_of(name) for name in frame["method"]], columns=["base", "keys"], index=frame.index)
-    cell = ["task", "length", "sample"]
-    dense = frame[frame["method"] == DENSE].set_index(cell)["loss"].rename("dense")
-    swept, found = frame.join(named).dropna(subset=["keys"]).join(dense, on=cell), []
-    swept["over"] = swept["loss"] - swept["dense"]
+    swept, found = frame.join(named).dropna(subset=["keys"]), {}
+    swept["over"] = swept["loss"] - swept["dense_loss"]
     for task, method in dict.fromkeys(zip(swept["task"], swept["base"], strict=True)):
         own = swept[(swept["task"] == task) & (swept["base"] == method)]
         own = own[~own["length"].isin([n for n in set(own["length"]) if dense_fails(frame, task, n)])]
@@ -179,11 +172,10 @@ def needed_budgets(frame: pd.DataFrame, within: float) -> pd.DataFrame:
         samples = over.notna().T.groupby(level="length").all().sum(axis=1)
         over = over[samples.index[samples == samples.max()]].dropna()
         if over.size:
-            needed = iso_quality(over, _margin(frame, task, within)[0])
-            needed.insert(0, "task", task)
-            needed.insert(1, "method", method)
-            found.append(needed)
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+            found[task, method] = iso_quality(over, _margin(own, within)[0])
+    if not found:
+        return pd.DataFrame()
+    return pd.concat(found, names=["task", "method"]).reset_index([0, 1]).reset_index(drop=True)
 
 
 def csv_of(table: pd.DataFrame) -> str:
@@ -196,9 +188,9 @@ def title_of(task: str) -> str:
     return TASKS[task].title if task in TASKS else task
 
 
-def _margin(frame: pd.DataFrame, task: str, within: float) -> tuple[float, bool]:
-    """The margin on the loss that ``within`` means, and whether it is one of answers rather than of nats per token."""
-    answers = is_answer(frame, task)
+def _margin(own: pd.DataFrame, within: float) -> tuple[float, bool]:
+    """The margin on the loss that ``within`` means in one task, and whether it is one of answers, not of nats."""
+    answers = bool(own["is_answer"].any())
     return (within if answers else math.log1p(within)), answers
 
 

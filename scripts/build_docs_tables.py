@@ -49,16 +49,8 @@ _REFUSED = {
 
 def main(argv: list[str]) -> int:
     """Writes or, with ``--check``, checks the pages; returns the exit code."""
-    tables = {
-        "budgets": budgets,
-        "prefill": prefill,
-        "quality": quality,
-        "peers": lambda: quality("question"),  # of methods that read a question after a dense prefill
-        "speed": speed,
-        "times": times,
-        "decode_cpu": decode_cpu,
-        "track": track,
-    }
+    tables = {table.__name__: table for table in (budgets, prefill, quality, speed, times, decode_cpu, track)}
+    tables["peers"] = lambda: quality("question")  # of methods that read a question after a dense prefill
     tables |= {"supported": lambda: families(_SUPPORTED), "refused": lambda: families(_REFUSED)}
     stale = []
     for page in PAGES:

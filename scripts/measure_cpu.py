@@ -14,12 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from frame import Measurement
+from frame import Measurement, read
 from torch.nn.functional import scaled_dot_product_attention as dense
 from transformers import DynamicCache
 
 from eval_tasks.models import load_model
-from eval_tasks.texts import load_text
 from nc_patch import KeyIndex, NCConfig, patched
 from nc_patch.functional import attend, by_index
 from nc_patch.ops.means import PageMeans
@@ -30,6 +29,7 @@ PARTS = ("operator", "steps", "prompts", "track")
 LAW = {"alpha": 4.0, "C": 0.6}
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 Options = dict[str, Any] | None
+Methods = dict[str, Callable[[], float]]  # what runs once, and returns its seconds, by name
 STEPS: dict[str, Any] = {
     "dense": None,
     "topk with means": LAW | {"selection": "topk"},
@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--repeats", type=int, default=5, help="timed rounds of operators; of prompts half as many")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they were")
     arguments, record = measurement.start(argv)
-    longest = max([*arguments.lengths, arguments.context + 40])
-    model, ids = loaded_text(arguments.model, longest)
-    repeats = arguments.repeats
+    loaded = load_model(arguments.model, "float32", "cpu")
+    _, ids = read(loaded, "python-reference", max([*arguments.lengths, arguments.context + 40]))
+    model, repeats = loaded.model, arguments.repeats
     with torch.inference_mode():
         if "operator" in arguments.parts:
             found = {keys: in_turns(decoding(keys), 3 * repeats, cold=True) for keys in arguments.keys}
@@ -84,7 +84,7 @@ def seconds_of(run: Callable[[], Any], model: Any = None, options: Options = Non
         return time.perf_counter() - begin
 
 
-def in_turns(methods: dict[str, Callable[[], float]], repeats: int, cold: bool = False) -> dict[str, float]:
+def in_turns(methods: Methods, repeats: int, cold: bool = False) -> dict[str, float]:
     """Median of the seconds that each method returns; the first round is not counted.
 
     ``cold``: what the caches hold is replaced before each run, as the other layers of a model do.
@@ -110,7 +110,7 @@ def over_dense(title: str, found: dict[int, dict[str, float]]) -> dict[str, Any]
     return rows
 
 
-def decoding(keys: int) -> dict[str, Callable[[], float]]:
+def decoding(keys: int) -> Methods:
     """Attention of one query over so many keys, by name."""
     draw = torch.Generator().manual_seed(0)
     query = 1.5 * torch.randn(1, HEADS, 1, HEAD_DIM, generator=draw)
@@ -136,7 +136,7 @@ def decoding(keys: int) -> dict[str, Callable[[], float]]:
     return {name: partial(seconds_of, run) for name, run in methods.items()}
 
 
-def tracked(make: Callable[[dict[str, Options]], dict[str, Callable[[], float]]], repeats: int) -> dict[str, float]:
+def tracked(make: Callable[[dict[str, Options]], Methods], repeats: int) -> dict[str, float]:
     """The time of each method with its kept mass tracked, over that without."""
     found = {}
     for name, options in TRACKED.items():
@@ -145,9 +145,7 @@ def tracked(make: Callable[[dict[str, Options]], dict[str, Callable[[], float]]]
     return found
 
 
-def steps(
-    model: Any, ids: torch.Tensor, context: int, methods: dict[str, Options]
-) -> dict[str, Callable[[], float]]:  # fmt: skip
+def steps(model: Any, ids: torch.Tensor, context: int, methods: dict[str, Options]) -> Methods:
     """Decoding of a token after ``context`` others, by name."""
     prompt = DynamicCache()
     model(ids[:, :context], past_key_values=prompt, logits_to_keep=1)
@@ -162,19 +160,10 @@ def steps(
     }
 
 
-def prompts(model: Any, ids: torch.Tensor, methods: dict[str, Options]) -> dict[str, Callable[[], float]]:
+def prompts(model: Any, ids: torch.Tensor, methods: dict[str, Options]) -> Methods:
     """A forward pass, by name."""
     forward = partial(model, ids, logits_to_keep=1)
     return {name: partial(seconds_of, forward, model, options) for name, options in methods.items()}
-
-
-def loaded_text(model: str, length: int) -> tuple[Any, torch.Tensor]:
-    """A model, and so many tokens of a text."""
-    loaded = load_model(model, "float32", "cpu")
-    ids = loaded.tokenizer(load_text("python-reference").content[: length * 12])["input_ids"][:length]
-    if len(ids) < length:
-        raise SystemExit(f"the text has {len(ids)} tokens, {length} are needed")
-    return loaded.model, torch.tensor([ids])
 
 
 if __name__ == "__main__":

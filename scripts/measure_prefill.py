@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frame import Measurement
+from frame import Measurement, read
 
 from eval_tasks.models import load_model
-from eval_tasks.texts import load_text
 from nc_patch import NCConfig, nc_stats, patched
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
@@ -59,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     texts = earlier.get("texts", {})
     about = {"model": arguments.model, "settings": {name: str(config) for name, config in SETTINGS.items()}}
     for given in arguments.texts:
-        source, name = load_text(given), Path(given).stem
-        tokens = loaded.tokenizer(source.content, return_tensors="pt").input_ids[0]
+        source, (tokens,) = read(loaded, given)
+        name = Path(given).stem
         texts[name] = {"origin": source.origin, "sha256": source.sha256}
         for length, task, stretch, settings in itertools.product(
             arguments.lengths, arguments.tasks, range(arguments.stretches), arguments.settings

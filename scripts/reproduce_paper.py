@@ -5,26 +5,19 @@ model. docs/paper.md says what is claimed, what was found, and by which formulas
 0, 1, 2 …; nothing else is random.
 """
 
-import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from frame import Measurement, read
 
 from eval_tasks.figures import to_png
 from eval_tasks.models import load_model
 from eval_tasks.paper import model, synthetic
 from eval_tasks.paper.figures import figures
 from eval_tasks.paper.laws import equal_at
-from eval_tasks.provenance import commit, hardware, versions
-from eval_tasks.tasks import tokenise
-from eval_tasks.texts import load_text
-from nc_patch.common import check_directory
 
 # For each part its arguments of ``measure``, and the length at which all laws give 64 keys.
 FULL: dict[str, dict[str, Any]] = {
@@ -54,34 +47,29 @@ def measure(part: str, plan: dict[str, Any], name: str, text_name: str) -> dict[
     arguments = {key: value for key, value in plan.items() if key != "equal_at"}
     if part == "synthetic":
         return found | synthetic.measure(laws=laws, **arguments)
-    loaded, text, longest = load_model(name, "float32", "cpu"), load_text(text_name), max(plan["lengths"])
+    loaded, longest = load_model(name, "float32", "cpu"), max(plan["lengths"])
+    text, ids = read(loaded, text_name, longest * plan["samples"])
     found |= {"model": name, "text": {"name": text.name, "origin": text.origin, "sha256": text.sha256}}
-    ids = torch.from_numpy(tokenise(loaded.tokenizer, text.content).ids)[None]
-    if ids.shape[1] < longest * plan["samples"]:
-        raise SystemExit(f"{text_name} has {ids.shape[1]} tokens, {longest * plan['samples']} are needed")
     arguments["samples"] = ids.split(longest, 1)[: plan["samples"]]
     return found | model.measure(loaded.model, laws=laws, **arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; ``arguments`` are those of ``sys.argv`` unless given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Measurement(__doc__, "paper")
     parts = [*FULL, "figures"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--quick", action="store_true", help="short rows and few of them: seconds instead of minutes")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", default="python-reference")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/paper"))
-    options = parser.parse_args(arguments)
-    check_directory(options.out)
+    options, _ = parser.start(arguments)
     torch.set_num_threads(options.threads)
     files = {part: options.out / f"{part}.json" for part in FULL}
     for part in [part for part in FULL if part in options.parts]:
         begin = time.perf_counter()
         found = measure(part, (QUICK if options.quick else FULL)[part], options.model, options.text)
-        record = {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "versions": versions()}
-        record |= {"hardware": hardware(torch.device("cpu"), options.threads), "seconds": time.perf_counter() - begin}
+        record = parser.record() | {"seconds": time.perf_counter() - begin}
         rounded = json.loads(json.dumps(record | found), parse_float=lambda number: float(f"{float(number):.5g}"))
         lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in rounded.items()]
         files[part].write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from scipy import integrate, stats
+from script_modules import load_script
 from tiny_models import random_ids, tiny_model
 
 from eval_tasks.errors import EvalError
 from eval_tasks.paper import model, synthetic
 from eval_tasks.paper.laws import Law, compare, equal_at, equal_in_mean, estimate
 from nc_patch import sparse_attention
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
@@ -44,42 +42,31 @@ def test_laws_of_equal_mean_cost_spend_it_and_no_more() -> None:
         equal_in_mean(65, [64, 128])
 
 
-def naive_losses(row: synthetic.Row, sigma: float, k: int) -> dict[str, float]:
-    """The definitions, spelled out over whole rows of weights."""
+@pytest.mark.parametrize("sigma", [1.7, 4.0])
+def test_losses_of_a_row_are_those_of_the_definition_and_the_library_attends_it_so(sigma: float) -> None:
+    row, budgets = synthetic.draw(2048, 3), [0, 1, 17, 17, 300, 2047, 2048]
+    options = {"sink_keys": 0, "recent_keys": 0, "tail": "drop", "return_stats": True}
+    query, key = (torch.from_numpy(x).float().view(1, 1, -1, synthetic.CHANNELS) for x in (row.direction, row.inputs))
     weights = np.exp(sigma * row.z) / np.exp(sigma * row.z).sum()
-    kept = np.zeros_like(weights)
-    top = np.argsort(-row.z, kind="stable")[:k]
-    kept[top] = weights[top] / weights[top].sum() if k else 0.0
     dense = weights @ row.inputs
-    relative = np.linalg.norm(kept @ row.inputs - dense) / np.linalg.norm(dense)
-    found = {"kept_mass": weights[top].sum(), "weight_error": np.abs(kept - weights).max()}
-    return found | {"relative_error.shared": relative}
-
-
-def test_losses_of_a_row_are_those_of_the_definition() -> None:
-    row, budgets = synthetic.draw(300, 3), [0, 1, 17, 17, 299, 300]
-    found = synthetic.losses(row, 1.7, budgets)
-    for place, k in enumerate(budgets):
-        for name, expected in naive_losses(row, 1.7, k).items():
-            assert found[name][place] == pytest.approx(expected, rel=1e-9, abs=1e-12), (name, k)
+    found = pd.DataFrame(synthetic.losses(row, sigma, budgets))
+    for (_, losses), k in zip(found.iterrows(), budgets, strict=True):
+        mass = weights[:k].sum()  # the highest scores come first
+        kept = np.append(weights[:k] / mass if k else [], np.zeros(2048 - k))
+        relative = np.linalg.norm(kept @ row.inputs - dense) / np.linalg.norm(dense)
+        expected = {"kept_mass": mass, "weight_error": np.abs(kept - weights).max(), "relative_error.shared": relative}
+        assert dict(losses) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        if k:
+            attended = sparse_attention(sigma * query, key, key, alpha=k, scale=1.0, **options)
+            np.testing.assert_allclose(attended.output.flatten().numpy(), kept @ row.inputs, atol=1e-5)
+            assert float(attended.kept_mass) == pytest.approx(mass, abs=1e-5)
 
 
 def test_the_inputs_of_a_row_have_its_scores_and_unit_covariance() -> None:
     row = synthetic.draw(20_000, 0)
+    assert (np.diff(row.z) <= 0).all()
     np.testing.assert_allclose(row.inputs @ row.direction, row.z, atol=1e-12)
     np.testing.assert_allclose(np.cov(row.inputs.T), np.eye(synthetic.CHANNELS), atol=0.05)
-
-
-@pytest.mark.parametrize("sigma", [2.0, 4.0])
-def test_the_library_attends_a_row_as_the_float64_sums_do(sigma: float) -> None:
-    row, options = synthetic.draw(2048, 0), {"sink_keys": 0, "recent_keys": 0, "tail": "drop", "return_stats": True}
-    query, key = (torch.from_numpy(x).float().view(1, 1, -1, synthetic.CHANNELS) for x in (row.direction, row.inputs))
-    budgets = [int(law.mean(2048)) for law in equal_at(16, 128)]
-    kept, outputs, _ = synthetic.attend(row, sigma, budgets)
-    for place, budget in enumerate(budgets):
-        found = sparse_attention(sigma * query, key, key, alpha=budget, scale=1.0, **options)
-        np.testing.assert_allclose(found.output.flatten().numpy(), outputs[place], atol=1e-5)
-        assert float(found.kept_mass) == pytest.approx(kept[place], abs=1e-5)
 
 
 def test_supports_are_counted_from_the_largest_weight_down() -> None:
@@ -165,7 +152,7 @@ def test_a_model_is_measured_sample_by_sample() -> None:
 
 
 def test_the_quick_run_writes_records_and_pictures(tmp_path: Path) -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "reproduce_paper.py"))["main"]
+    script, tmp_path = load_script("reproduce_paper").main, tmp_path / "paper.1"
     with pytest.raises(SystemExit, match="measure first"):
         script(["--parts", "figures", "--out", str(tmp_path)])
     script(["--quick", "--parts", "synthetic", "figures", "--threads", "1", "--out", str(tmp_path)])

@@ -84,7 +84,7 @@ def test_tracking_changes_no_output_and_no_gradient_keeps_no_graph_and_counts_a_
     assert [sum(found["calls"].values()) for found in kept(model)] == [3] * 3
 
 
-def test_calls_add_up_and_survive_copies_and_pickles(monkeypatch):
+def test_calls_add_up_what_is_certain_with_what_is_estimated_and_survive_copies_and_pickles(monkeypatch):
     monkeypatch.setattr("nc_patch.stats._FOLD_AT", 3)
     counters = LayerCounters()
     seen = torch.tensor([[[0, 5], [0, 0]]], dtype=torch.int32)
@@ -97,8 +97,9 @@ def test_calls_add_up_and_survive_copies_and_pickles(monkeypatch):
     audit = torch.tensor([[10.0, 6.0, 0.5, 5.0, 6.0], [10.0, 8.0, 0.25, 5.0, 6.0], [20.0, 14.0, 0.4, 5.0, 12.0]])
     for _ in range(7):
         counters.mass["prefill"].add_audit(audit, torch.tensor([[3.0, 1.0], [1.0, 0.0]]))
+    counters.mass["prefill"].add_bounds("dense", torch.ones(1, 2, 30, 2), seen[:, :1].expand(1, 30, 2), 0.8)
     counters.exceeded_calls = 4
-    half = 2.0301 * (7 * 0.4) ** 0.5 / 140  # the quantile of Student's t with 35 degrees of freedom
+    half = 2.0301 * (7 * 0.4) ** 0.5 / 200  # the quantile of Student's t with 35 degrees of freedom
     for held in (counters, copy.deepcopy(counters), pickle.loads(pickle.dumps(counters))):
         found = summary(held)
         decode, prefill = found["kept_mass"]["decode"], found["kept_mass"]["prefill"]
@@ -108,21 +109,12 @@ def test_calls_add_up_and_survive_copies_and_pickles(monkeypatch):
         assert decode["lower"] == pytest.approx(float(lower.sum() + 2) / 16)
         assert decode["least_by_head"] == pytest.approx(lower.amin((0, 1)).tolist())
         assert (decode["least"], decode["below"]) == (0.5, int((lower < 0.8).sum()))
-        assert prefill["mean_by_head"] == pytest.approx([0.6, 0.8])
-        assert (prefill["mean"], prefill["upper"]) == pytest.approx((0.7, 0.7 + half), rel=1e-3)
-        assert (prefill["audited_rows"], prefill["enlarged_fraction"]) == (2 * 7 * 6, 0.25)
-
-
-def test_what_is_certain_and_what_is_estimated_make_one_interval():
-    counts = MassCounts()
-    visible = torch.tensor([[[0, 9]] * 30], dtype=torch.int32)
-    counts.add_bounds("dense", torch.ones(1, 1, 30, 2), visible, 0.9)
-    counts.add_audit(torch.tensor([[10.0, 5.0, 1.0, 5.0, 6.0]] * 2), None)
-    found = counts.summary()
-    assert not found["certified"]
-    assert found["mean"] == pytest.approx(35 / 40)
-    assert found["upper"] - found["mean"] == pytest.approx(2.571 / 40, rel=0.01)
-    assert total_mass([counts, MassCounts()]) == {name: found[name] for name in total_mass([counts])}
+        assert prefill["mean_by_head"] == pytest.approx([0.72, 0.86])
+        assert (prefill["mean"], prefill["upper"] - prefill["mean"]) == pytest.approx((0.79, half), rel=1e-3)
+        assert (prefill["certified"], prefill["audited_rows"]) == (False, 2 * 7 * 6)
+        assert (prefill["enlarged_fraction"], prefill["calls"]) == (0.25, {"estimate": 7, "dense": 1})
+        total = total_mass([held.mass["prefill"], MassCounts()])
+        assert total == {name: prefill[name] for name in total}
     assert total_mass([MassCounts()]) is None
 
 

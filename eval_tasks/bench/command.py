@@ -85,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
 def _measure(settings: Settings, minutes: float, command: str, file: Path, picture: Path) -> int:
     """Measures, writes the results after every case, prints the report, and returns the exit code."""
     started, rows, problems = time.monotonic(), list[Row](), list[str]()
+    chosen = [getattr(settings.config(name), settings.phase).to_dict() for name in settings.selections]
+    plain = {"device": str(settings.device), "dtype": str(settings.dtype).removeprefix("torch."), "options": chosen}
     record: dict[str, Any] = {
         "command": command,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -92,11 +94,11 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path, pictu
         "versions": versions() | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "hardware": hardware(settings.device, torch.get_num_threads()),
         "what": f"{PHASES[settings.phase]}; medians of interleaved repeats, dense: the fastest of PyTorch's",
-        "settings": _plain(settings),
+        "settings": {**vars(settings), **plain},
         "rows": rows,
     }
     machine, law = hardware_words(record["hardware"]), f"budget {settings.alpha:g} n^{settings.C:g}"
-    print(f"{machine}, {record['settings']['dtype']}: {len(settings.cases())} cases")
+    print(f"{machine}, {plain['dtype']}: {len(settings.cases())} cases")
 
     def write() -> None:
         record.update(minutes=(time.monotonic() - started) / 60, exponents=report.exponents(rows))
@@ -122,12 +124,6 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path, pictu
     for problem in problems:
         print(f"nc-patch bench: {problem}", file=sys.stderr)
     return 1 if problems else 0
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    found = {**vars(settings), "device": str(settings.device), "dtype": str(settings.dtype).removeprefix("torch.")}
-    chosen = [getattr(settings.config(name), settings.phase).to_dict() for name in settings.selections]
-    return {**found, "options": chosen}
 
 
 def _option(text: str) -> tuple[str, Any]:
