@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from nc_patch.config import NCConfig
 from nc_patch.ops.backends import Backend
 
 Match = Literal["deploy", "scored", "total", "iso"]
-MATCHES: tuple[Match, ...] = get_args(Match)
-MATCHED_BY = {
+MATCHED_BY: dict[Match, str] = {
     "deploy": "budgets are equal at {equal_at:,} tokens and then follow their own laws",
     "scored": "at every length all budgets are equal for the query that sees all of it",
     "total": "at every length all queries together may attend equally many keys under every law",
@@ -32,7 +31,7 @@ class Budgets:
     """The budgets of a comparison: α·n^C, and the other laws matched to it.
 
     With ``match="deploy"`` all methods have the same budget at ``equal_at`` tokens, at least 2; ``profile`` is the path
-    of a calibrated profile. Raises ValueError for a value out of its range.
+    of a calibrated profile. Raises EvalError for a value out of its range.
     """
 
     alpha: float
@@ -44,10 +43,13 @@ class Budgets:
 
     def __post_init__(self) -> None:
         if self.equal_at < 2:
-            raise ValueError(f"equal_at must be a length of at least 2, got {self.equal_at}")
-        if self.match not in MATCHES:
-            raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {self.match!r}")
-        NCConfig(self.alpha, self.C, backend=self.backend)
+            raise EvalError(f"equal_at must be a length of at least 2, got {self.equal_at}")
+        if self.match not in MATCHED_BY:
+            raise EvalError(f"match must be one of {', '.join(MATCHED_BY)}, got {self.match!r}")
+        try:
+            NCConfig(self.alpha, self.C, backend=self.backend)
+        except ValueError as error:
+            raise EvalError(str(error)) from error
 
     @lru_cache(maxsize=256)  # noqa: B019 (budgets are small, and keep what they worked out)
     def at(self, length: int) -> "Budgets":

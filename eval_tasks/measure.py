@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from statistics import fmean
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import DynamicCache
@@ -19,8 +19,7 @@ from eval_tasks.tasks import Sample
 from nc_patch import NCConfig, nc_stats, patched, reset_stats
 
 Phase = Literal["all", "prefill", "question", "decode"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-SPARSE_IN = {
+SPARSE_IN: dict[Phase, str] = {
     "all": "the whole forward pass",
     "prefill": "the context; the scored tokens, or the answer, are dense",
     "question": "the scored tokens, or question and answer, after a dense prefill",

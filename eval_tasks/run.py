@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from eval_tasks.answers import answer
+from eval_tasks.arguments import load_chosen_model
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.matching import load_profile
 from eval_tasks.measure import measure, warm_up
 from eval_tasks.methods import attention_by, budget_at, find_method
-from eval_tasks.models import attention_of, find_model, load_model, tokenizer_fingerprint
-from eval_tasks.processes import Processes
-from eval_tasks.provenance import check_same, commit, hardware, hardware_words, record_session, versions
+from eval_tasks.models import attention_of, find_model, tokenizer_fingerprint
+from eval_tasks.processes import device_of, gathered
+from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
 from eval_tasks.report import REPORT_FILES
 from eval_tasks.store import Cell, Row, append_row, check_out, claimed, read_rows, read_run
 from eval_tasks.sweep import Sweep
@@ -54,30 +56,27 @@ class Source:
         return synthesize(GENERATORS[cell.task], self.tokenizer, *drawn, **options)
 
 
-def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes) -> None:
+def run_sweep(sweep: Sweep, directory: Path, command: str, processes: PartialState) -> None:
     """Measures what the directory does not hold yet, and adds it there; ``command`` is for the record.
 
     The ``processes`` share the work; on several machines they need the directory to be the same one. Raises EvalError
     where something is missing or does not fit, or another process ended; nothing that was measured is lost.
     """
     with contextlib.ExitStack() as claim:
-        if sweep.threads is not None:
-            torch.set_num_threads(sweep.threads)
         identity = sweep.identity() | versions()
         check_same(directory, identity)
-        source, device = load_source(sweep), processes.device(sweep.device)
-        if processes.is_first:
+        source, device = load_source(sweep), device_of(processes, sweep.device)
+        if processes.is_main_process:
             check_out(directory, REPORT_FILES)
             claim.enter_context(claimed(directory))
-        how = (sweep.dtype, str(device), sweep.device_map, sweep.revision, sweep.trust_remote_code)
-        model = load_model(sweep.model, *how).model
+        model = load_chosen_model(sweep, str(device)).model
         identity |= {"weights": weights_fingerprint(model), "text_sha256": source.text.sha256}
         identity |= {"attention": attention_of(model), "tokenizer": tokenizer_fingerprint(source.tokenizer)}
         check_same(directory, identity)
         check_methods(sweep, model)
-        machines = processes.gathered(hardware(device, torch.get_num_threads()))
+        machines = gathered(processes, hardware(device, torch.get_num_threads()))
         agreed: Any = None
-        if processes.is_first:
+        if processes.is_main_process:
             plan = sweep.plan()
             details = {
                 "text_origin": source.text.origin,
@@ -86,24 +85,23 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: Processes)
                 "model_dtype": str(model.dtype).removeprefix("torch."),
                 "model_parameters": model.num_parameters(),
                 "planned": len(plan),
-                "hardware": machines[0],
             }
-            record_session(directory, identity, details, _session(command, machines))
+            record_session(directory, identity, details, command, machines)
             agreed = read_run(directory), _todo(plan, read_rows(directory), sweep.retry_failed)
         # All share out the list of the first one, since what they read of a file may differ between machines.
-        recorded, todo = processes.gathered(agreed)[0]
+        recorded, todo = gathered(processes, agreed)[0]
         if read_run(directory) != recorded:
             raise EvalError(
                 f"{directory} is not the directory that process 0 writes to; several machines need one they share"
             )
         check_same(directory, identity)  # which machines with other weights or versions do not have
-        if not processes.is_first:
+        if not processes.is_main_process:
             claim.enter_context(claimed(directory, is_first=False))
-        processes.gathered(None)  # nothing is measured where one of them cannot
-        began = time.monotonic()
-        _measure_all(sweep, model, source, todo[processes.rank :: processes.world], directory, processes.rank)
-        processes.gathered(None)  # the first one waits for all shares
-        if processes.is_first:
+        gathered(processes, None)  # nothing is measured where one of them cannot
+        began, rank = time.monotonic(), processes.process_index
+        _measure_all(sweep, model, source, todo[rank :: processes.num_processes], directory, rank)
+        gathered(processes, None)  # the first one waits for all shares
+        if processes.is_main_process:
             print(f"Measured in {tqdm.format_interval(time.monotonic() - began)}.", file=sys.stderr)
 
 
@@ -186,14 +184,6 @@ def _measure_all(
 def _cost(cell: Cell) -> float:
     """Relative cost of a forward pass, of linear layers and attention: what a forecast of its time goes by."""
     return cell.length * (1 + cell.length / 2048)
-
-
-def _session(command: str, machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is recorded of a session: the command, the hardware of process 0, and any other that processes run on."""
-    others = {hardware_words(each): each for each in machines}
-    others.pop(hardware_words(machines[0]))
-    session = {"command": command, "processes": len(machines), "hardware": machines[0]}
-    return session | ({"other_hardware": [*others.values()]} if others else {})
 
 
 def _todo(plan: Sequence[Cell], rows: Sequence[Row], retry_failed: bool) -> list[list[Cell]]:

@@ -18,7 +18,7 @@ from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
 from eval_tasks import measure as measuring
 from eval_tasks.answers import QUESTION_TOKENS, answer
 from eval_tasks.errors import EvalError, MemoryRanOut
-from eval_tasks.measure import PHASES, measure
+from eval_tasks.measure import SPARSE_IN, measure
 from eval_tasks.methods import METHODS, Budgets
 from eval_tasks.presses import Press, find_press
 from eval_tasks.store import read_rows
@@ -79,7 +79,7 @@ def test_phases_are_sparse_where_they_say_and_time_their_prefill_apart(sample, m
     model, attention = tiny_model("llama"), METHODS[method].config(BUDGETS)
     law = attention.budget
     dense = measure(model, None, sample)
-    found = {phase: measure(model, attention, sample, phase) for phase in PHASES}
+    found = {phase: measure(model, attention, sample, phase) for phase in SPARSE_IN}
     assert len({round(m["loss_sum"], 6) for m in (dense, *found.values())}) >= 4
     assert found["prefill"]["tail_mean_keys"] == dense["tail_mean_keys"] == 88.5
     if method != "block":
@@ -94,7 +94,7 @@ def test_phases_are_sparse_where_they_say_and_time_their_prefill_apart(sample, m
         assert ("prefill_seconds" in measured) == (phase != "all")
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", SPARSE_IN)
 @pytest.mark.parametrize("selection", [None, "topk", "window"])
 def test_every_phase_of_all_keys_is_dense(sample, phase, selection):
     model, every = tiny_model("llama"), selection and NCConfig(1.0, 1.0, selection=selection, dense_below=0)
@@ -163,7 +163,7 @@ def test_answers_are_those_of_generate(speaker, tokenizer, question, config):
     assert answer(speaker, tokenizer, config, asked)["score"] == 1.0
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", SPARSE_IN)
 def test_what_an_answer_attends_is_the_law_at_its_positions_and_its_tokens_are_timed_apart(
     speaker, tokenizer, question, phase
 ):

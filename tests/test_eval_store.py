@@ -21,7 +21,6 @@ from eval_tasks.store import (
 
 DETAILS = run_of(model="m")
 IDENTITY = DETAILS.pop("identity")
-SESSION = {"command": "nc-patch eval", "hardware": DETAILS["hardware"]}
 
 
 def row(sample, **fields):
@@ -159,8 +158,8 @@ def test_a_record_of_another_kind_is_refused(tmp_path, damage):
 
 
 def test_each_session_is_recorded_the_first_command_stays_and_other_hardware_is_said(tmp_path, capsys):
-    record_session(tmp_path, IDENTITY, DETAILS, SESSION)
-    record_session(tmp_path, IDENTITY, {}, SESSION | {"command": "second", "hardware": {"processor": "q"}})
+    record_session(tmp_path, IDENTITY, DETAILS, "nc-patch eval", [DETAILS["hardware"]])
+    record_session(tmp_path, IDENTITY, {}, "second", [{"processor": "q"}])
     # Tuples are lists in a file, and what the record lacks is not compared.
     check_same(tmp_path, {**IDENTITY, "methods": tuple(IDENTITY["methods"]), "new": 1})
     run = read_run(tmp_path)

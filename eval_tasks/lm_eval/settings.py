@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.options import located
-from eval_tasks.models import hub_resolves
+from eval_tasks.models import ModelSource
 from eval_tasks.synthetic.fitting import Count, counter
 from eval_tasks.tasks import ascending
 from eval_tasks.texts import PYTHON_REFERENCE
@@ -66,14 +66,10 @@ def _tokenizer_of(model: Mapping[str, Any], task: str) -> PreTrainedTokenizerBas
     options = {"trust_remote_code": False, **_loading(model, "add_bos_token")}
     if model.get("tokenizer"):
         options.pop("gguf_file", None)
-    if not Path(name).is_dir() and not hub_resolves():
-        options["local_files_only"] = True  # else the hub's client retries for most of a minute
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        advice = "Give tokenizer=... in --metadata: a directory, or a name on the hub where that can be reached"
-        raise EvalError(f"the tokenizer {name} cannot be loaded: {reason} {advice}") from error
+        return ModelSource(name, name, options).load(AutoTokenizer)
+    except EvalError as error:
+        raise EvalError(f"no tokenizer: {error} Or give another's, as tokenizer=... in --metadata") from error
 
 
 def _max_length_of(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> int | None:
