@@ -1,7 +1,9 @@
 """Runs of several processes, and runs that are killed: the same numbers as of one process that nobody disturbs."""
 
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -125,13 +127,6 @@ def _no_disk():
     run.append_row = full
 
 
-def test_an_error_in_one_process_is_said_and_stops_the_others(home):
-    codes, said, other = run_two(home, "full", "full", setups=(None, _no_disk))
-    assert codes == [2, 2]
-    assert "the disk of this machine is full" in other
-    assert "another of the 2 processes ended or does not answer" in said
-
-
 def _other_version():
     from eval_tasks import run
 
@@ -142,39 +137,55 @@ def _other_version():
 @pytest.mark.parametrize(
     ("outs", "setup", "message"),
     [
-        (("old", "old"), _other_version, 'is "1.0"'),
-        (("here", "there"), None, "there is not the directory that process 0 writes to"),
+        (("full", "full"), _no_disk, "the disk of this machine is full"),
+        (("old", "old"), _other_version, '/old holds a run of other arguments: torch was .*, is "1.0"'),
+        (("here", "there"), None, "/there is not the directory that process 0 writes to"),
     ],
-    ids=["versions", "directories"],
+    ids=["disk", "versions", "directories"],
 )
-def test_processes_that_would_not_measure_the_same_into_one_directory_are_refused(home, outs, setup, message):
+def test_an_error_in_one_process_is_said_there_and_stops_the_others(home, outs, setup, message):
     codes, said, other = run_two(home, *outs, setups=(None, setup))
     assert codes == [2, 2], said
-    assert f"process 1: {home / outs[1]}" in other
-    assert message in other
-    assert not lines(home / outs[0] / "results.jsonl")
+    assert re.search(f"nc-patch: process 1: .*{message}", other)
+    assert "another of the 2 processes ended or does not answer" in said
+    assert outs[0] == "full" or not lines(home / outs[0] / "results.jsonl")
 
 
-def test_killed_twenty_times_at_random_the_table_is_that_of_an_undisturbed_run(home, alone):
-    draw, out, kills = random.Random(7), home / "killed", 0
-    while kills < 20:
-        process = start(sweep_arguments(home, out), home / "said")
+def _interruptible():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
+
+def test_killed_or_interrupted_twenty_times_at_random_nothing_is_lost_and_the_table_is_that_of_an_undisturbed_run(
+    home, alone
+):
+    draw, out, codes, kept = random.Random(7), home / "killed", [], b""
+    written = out / "results.jsonl"
+    while len(codes) < 20:
+        process = start(sweep_arguments(home, out), home / "said", _interruptible)
         # Some are killed while the model loads, the rest after a few rows, wherever that is in the code.
         further = max(0, draw.randint(-1, 4))
-        more = lines(out / "results.jsonl") + further
-        wait_until(lambda n=more, p=process: lines(out / "results.jsonl") >= n or not p.is_alive())
+        more = lines(written) + further
+        wait_until(lambda n=more, p=process: lines(written) >= n or not p.is_alive())
         time.sleep(draw.uniform(0.0, 0.02 if further else 0.5))
-        process.kill()
+        os.kill(process.pid, signal.SIGINT if further % 2 else signal.SIGKILL)
         process.join(60)
-        assert process.exitcode in (0, -signal.SIGKILL), (home / "said").read_text()
-        kills += process.exitcode != 0
-        if process.exitcode == 0:  # a machine so fast that it ended before it could be killed
+        said, content = (home / "said").read_text(), written.read_bytes() if written.exists() else b""
+        assert process.exitcode in (0, 130, -signal.SIGKILL), said
+        assert process.exitcode != 130 or said.count("To go on: nc-patch eval") == 1
+        assert content.startswith(kept)
+        kept = content[: content.rfind(b"\n") + 1]
+        if process.exitcode:
+            codes.append(process.exitcode)
+        else:  # a machine so fast that it ended before it could be killed
             assert results(out) == results(alone)
             shutil.rmtree(out)
+            kept = b""
+    assert set(codes) == {130, -signal.SIGKILL}
     assert main(sweep_arguments(home, out)) == 0
     assert results(out) == results(alone)
     same_table(out, alone)
-    assert lines(out / "results.jsonl") == len(read_rows(out))
+    assert written.read_bytes().startswith(kept)
+    assert lines(written) == len(read_rows(out))
 
 
 def test_a_device_map_changes_no_number(home, alone):

@@ -1,16 +1,15 @@
 """Whole sweeps on a tiny model: what is measured, what is refused, and that interruptions lose nothing."""
 
 import math
-import os
-import signal
+import weakref
 
 import pandas as pd
 import pytest
 import torch
-from processes import lines, start, wait_until
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
 
 from eval_tasks import measure as measuring
+from eval_tasks import peak
 from eval_tasks.methods import DEFAULT_METHODS
 from eval_tasks.store import read_rows, read_run
 from eval_tasks.tasks import TASKS
@@ -78,53 +77,27 @@ def test_the_same_command_again_measures_nothing_and_another_text_or_other_argum
     assert (swept / "results.jsonl").read_bytes() == before
 
 
-def test_a_model_without_sdpa_is_swept_and_its_attention_is_recorded(sweep, tmp_path, capsys):
-    save_tiny_model(tmp_path / "model", "gemma2")
-    (tmp_path / "text.txt").write_text(tiny_text(2000), encoding="utf-8")
-    further = ("--methods", "dense", "nc-topk", "--tasks", "perplexity", "--samples", "1", "--lengths", "48")
-    assert sweep("out", *further) == 0
-    assert "no SDPA attention" in capsys.readouterr().err
-    assert read_run(tmp_path / "out")["identity"]["attention"] == "eager"
-    assert {row["method"] for row in read_rows(tmp_path / "out")} == {"dense", "nc-topk"}
-
-
-def _interruptible():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-
-
-def test_ctrl_c_loses_nothing_and_the_command_goes_on(tmp_path):
-    few = ("--lengths", "400", "--samples", "8", "--methods", "dense", "nc-topk", "--tasks", "recall", "perplexity")
-    arguments = sweep_arguments(tmp_path, tmp_path / "out", *few, words=5000)
-    process = start(arguments, tmp_path / "said", _interruptible)
-    results = tmp_path / "out" / "results.jsonl"
-    wait_until(lambda: lines(results) >= 5 or not process.is_alive())
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    before = results.read_bytes()
-    assert before.endswith(b"\n")
-    assert 5 <= before.count(b"\n") < 32
-    assert process.exitcode == 130
-    assert (tmp_path / "said").read_text().count("To go on: nc-patch eval") == 1
-    assert main(arguments) == 0
-    assert results.read_bytes().startswith(before)
-    assert lines(results) == len(read_rows(tmp_path / "out")) == 32
-    assert len(read_run(tmp_path / "out")["sessions"]) == 2
-
-
 def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_asked(
     sweep, tmp_path, capsys, monkeypatch
 ):
     further, out = ("--methods", "dense", "nc-topk", "block", "--tasks", "recall"), tmp_path / "out"
-    forward = measuring.forward
+    forward, held, freed = measuring.forward, [], []
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), None, RuntimeError("shapes do not fit")]
 
     def greedy(model, ids, keep, cache=None):
         patches = [m.__dict__[PATCH_ATTRIBUTE] for m in model.modules() if PATCH_ATTRIBUTE in m.__dict__]
         if len(ids) == 96 and any(patch.config.prefill.name == "block" for patch in patches):
+            large = torch.zeros(8)
+            held.append(weakref.ref(large))
+            if error := errors.pop(0):
+                raise error
             torch.empty(1 << 55)
         return forward(model, ids, keep, cache)
 
     monkeypatch.setattr(measuring, "forward", greedy)
+    monkeypatch.setattr(peak, "clear_device_cache", lambda **_: freed.append(held[-1]() is None))
     assert sweep("out", *further) == 0
+    assert freed == [True, True]
     said = capsys.readouterr().err
     assert "recall with block at 96 tokens: memory ran out at 96 tokens" in said
     assert "It is recorded, and the run goes on" in said
@@ -135,6 +108,8 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_as
     assert len(rows) == 12
     assert "recall,96,block,0" in (out / "summary.csv").read_text()
     assert "out of memory" in (out / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(RuntimeError, match="shapes do not fit"):  # which no other length would mend
+        sweep("out", *further, "--retry-failed")
     monkeypatch.undo()
     assert sweep("out", *further) == 0
     assert "2 of them failed; --retry-failed measures them again" in capsys.readouterr().err
@@ -145,14 +120,17 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_as
     assert (out / "results.jsonl").read_bytes() == before
 
 
-def test_an_iso_sweep_tries_every_budget(sweep, tmp_path):
+def test_an_iso_sweep_tries_every_budget_also_of_a_model_without_sdpa(sweep, tmp_path, capsys):
+    save_tiny_model(tmp_path / "model", "gemma2")
+    (tmp_path / "text.txt").write_text(tiny_text(2000), encoding="utf-8")
     further = ("--methods", "fixed-topk", "--tasks", "recall", "unseen", "--match", "iso", "--iso-keys", "8", "64")
     assert sweep("out", *further) == 0
-    rows = read_rows(tmp_path / "out")
+    assert "no SDPA attention" in capsys.readouterr().err
+    rows, identity = read_rows(tmp_path / "out"), read_run(tmp_path / "out")["identity"]
     assert {(row["task"], row["length"], row["method"]) for row in rows} == {
         ("recall", 48, "dense"), ("recall", 48, "fixed-topk@8"), ("recall", 96, "dense"),
         ("recall", 96, "fixed-topk@8"), ("recall", 96, "fixed-topk@64"), ("unseen", 48, "dense"),
         ("unseen", 96, "dense"),
     }  # fmt: skip
     assert {row["tail_mean_keys"] for row in rows if row["method"] == "fixed-topk@8"} == {8.0}
-    assert read_run(tmp_path / "out")["identity"]["iso_keys"] == [8, 64]
+    assert (identity["iso_keys"], identity["attention"]) == ([8, 64], "eager")
