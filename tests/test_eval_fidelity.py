@@ -94,5 +94,3 @@ def test_the_command_writes_every_head_the_means_over_them_and_a_picture(tmp_pat
         assert line.worst_head_error == pytest.approx(float(errors.max()), rel=1e-4)
         assert line.kept_mass == pytest.approx(float(torch.tensor([r["kept_mass"] for r in own]).mean()), rel=1e-4)
     assert (out / "fidelity.png").read_bytes().startswith(b"\x89PNG")
-    assert main([*arguments, "--methods", "nc-top", "--out", str(out)]) == 2
-    assert "unknown method 'nc-top'" in capsys.readouterr().err
