@@ -3,9 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
 from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, add_out, load_chosen_model, not_negative
@@ -27,27 +25,24 @@ def run_calibrate(argv: Sequence[str]) -> int:
     """Calibrates a model and writes the profile and its report."""
     arguments = _parser().parse_args(argv)
     transformers_logging.disable_progress_bar()
+    out = arguments.out
     with joined_processes() as processes:
-        _calibrate(arguments, arguments.out, processes)
+        check_out(out, _FILES)
+        _check_budget(arguments)
+        texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
+        loaded = load_chosen_model(arguments, str(device_of(processes, arguments.device)))
+        dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
+        gathered(processes, None)  # nothing is measured where one of them cannot
+        options = {name: getattr(arguments, name) for name in ("eps", "pieces", "rows", "seed")}
+        profile = calibrate(loaded.model, loaded.tokenizer, texts, arguments.lengths, arguments.target, **options)
+        profile = replace(profile, model=arguments.model, dense_layers=dense)
+        if arguments.fraction is not None:
+            profile = profile.at_budget(arguments.fraction, n=arguments.at, dense_below=arguments.dense_below)
+        if processes.is_main_process:
+            profile.save(out / PROFILE)
+            print("\n".join(write_profile_report(profile, out, arguments.dense_below)))
+            print(f"\nWritten: {', '.join(str(out / name) for name in _FILES)}")
     return 0
-
-
-def _calibrate(arguments: argparse.Namespace, out: Path, processes: PartialState) -> None:
-    check_out(out, _FILES)
-    _check_budget(arguments)
-    texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
-    loaded = load_chosen_model(arguments, str(device_of(processes, arguments.device)))
-    dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
-    gathered(processes, None)  # nothing is measured where one of them cannot
-    options = {name: getattr(arguments, name) for name in ("eps", "pieces", "rows", "seed")}
-    profile = calibrate(loaded.model, loaded.tokenizer, texts, arguments.lengths, arguments.target, **options)
-    profile = replace(profile, model=arguments.model, dense_layers=dense)
-    if arguments.fraction is not None:
-        profile = profile.at_budget(arguments.fraction, n=arguments.at, dense_below=arguments.dense_below)
-    if processes.is_main_process:
-        profile.save(out / PROFILE)
-        print("\n".join(write_profile_report(profile, out, arguments.dense_below)))
-        print(f"\nWritten: {', '.join(str(out / name) for name in _FILES)}")
 
 
 def _check_budget(arguments: argparse.Namespace) -> None:

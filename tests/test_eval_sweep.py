@@ -15,8 +15,9 @@ import weakref
 import pandas as pd
 import pytest
 import torch
-from processes import ended, free_port, lines, start, start_ranks, wait_until
+from processes import ended, lines, start, start_ranks, wait_until
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from eval_tasks import measure as measuring
 from eval_tasks import peak
@@ -314,7 +315,7 @@ def test_a_launcher_that_started_one_process_in_place_of_several_is_refused(home
 def test_accelerate_launches_two_processes_on_the_cpu(home, alone):
     arguments = sweep_arguments(home, home / "accelerated", "--threads", "1")
     launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = ["-m", *launcher, "--main_process_port", str(free_port()), "-m", "nc_patch", *arguments]
+    command = ["-m", *launcher, "--main_process_port", str(get_free_port()), "-m", "nc_patch", *arguments]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert {row["process"] for row in read_rows(home / "accelerated")} == {0, 1}
