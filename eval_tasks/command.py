@@ -26,8 +26,7 @@ from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, 
 from eval_tasks.presses import find_press
 from eval_tasks.processes import joined_processes
 from eval_tasks.report import REPORT, WITHIN, write_report
-from eval_tasks.run import run_sweep
-from eval_tasks.sweep import Sweep
+from eval_tasks.sweep import Sweep, run_sweep
 from eval_tasks.synthetic import GENERATORS, Generator
 from eval_tasks.tasks import TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from eval_tasks.answers import end_tokens
 from eval_tasks.arguments import add_model_options, load_chosen_model, positive
 from eval_tasks.errors import EvalError
-from eval_tasks.measure import forward
+from eval_tasks.measure import end_tokens, forward
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch import NCConfig, nc_stats, patched, reset_stats
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C

@@ -12,9 +12,8 @@ import torch
 from tiny_models import tiny_model
 from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
 
-from eval_tasks.answers import QUESTION_TOKENS, answer
 from eval_tasks.errors import EvalError
-from eval_tasks.measure import SPARSE_IN, measure
+from eval_tasks.measure import QUESTION_TOKENS, SPARSE_IN, answer, measure
 from eval_tasks.methods import METHODS, Budgets
 from eval_tasks.models import load_model
 from eval_tasks.presses import Press, find_press

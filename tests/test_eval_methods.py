@@ -7,8 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from eval_tasks.errors import EvalError
-from eval_tasks.log_law import LogConfig
-from eval_tasks.matching import Budgets, total_of
+from eval_tasks.matching import Budgets, LogConfig, total_of
 from eval_tasks.methods import (
     DEFAULT_METHODS,
     DENSE,

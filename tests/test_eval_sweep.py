@@ -178,11 +178,11 @@ def test_an_iso_sweep_tries_every_budget_also_of_a_model_without_sdpa(tmp_path, 
 
 
 def _other_machine_with_a_stale_file():
-    from eval_tasks import run
+    from eval_tasks import sweep
 
-    hardware = run.hardware
-    run.hardware = lambda *what: hardware(*what) | {"processor": "another"}
-    run.read_rows = lambda directory: []
+    hardware = sweep.hardware
+    sweep.hardware = lambda *what: hardware(*what) | {"processor": "another"}
+    sweep.read_rows = lambda directory: []
 
 
 def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_those_of_one(home, alone):
@@ -206,32 +206,32 @@ def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_tho
 
 
 def _killed():
-    from eval_tasks import run
+    from eval_tasks import sweep
 
-    append_row = run.append_row
+    append_row = sweep.append_row
 
     def fatal(directory, row):
         append_row(directory, row)
         if lines(directory / "results.jsonl") >= 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run.append_row = fatal
+    sweep.append_row = fatal
 
 
 def _no_disk():
-    from eval_tasks import run
+    from eval_tasks import sweep
 
     def full(directory, row):
         raise EvalError("the disk of this machine is full")
 
-    run.append_row = full
+    sweep.append_row = full
 
 
 def _other_version():
-    from eval_tasks import run
+    from eval_tasks import sweep
 
-    versions = run.versions
-    run.versions = lambda: versions() | {"torch": "1.0"}
+    versions = sweep.versions
+    sweep.versions = lambda: versions() | {"torch": "1.0"}
 
 
 GONE = "another of the 2 processes ended or does not answer"
