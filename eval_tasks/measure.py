@@ -80,9 +80,15 @@ def answer(
     ends = end_tokens(model, tokenizer)
 
     def read(cache: DynamicCache | None, peak: Peak) -> tuple[list[int], int, int]:
-        rest = len(ids) if cache is None else len(ids) - before
+        known, said = ids, list[int]()
+        new = len(ids) if cache is None else len(ids) - before
         cache = DynamicCache(config=model.config) if cache is None else cache
-        said = _greedy(model, ids, rest, cache, sample.new_tokens, ends, peak)
+        while len(said) < sample.new_tokens and ends.isdisjoint(said):
+            token = forward(model, known, 1, cache, new).argmax()
+            said.append(int(token))
+            if len(said) == 1:
+                peak.mark("first_token_seconds")
+            known, new = torch.cat([known, token[None]]), 1
         return said, len(ids) - before + len(said) - 1, len(said)
 
     with memory_watched(len(ids)):
@@ -230,17 +236,3 @@ def _prefilled(model: Any, context: torch.Tensor, attention: Attention) -> Dynam
 def _one_by_one(model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache) -> torch.Tensor:
     """The logits of ``forward`` with a cache, from one call for each token."""
     return torch.cat([forward(model, ids[: len(ids) - keep + i + 1], 1, cache) for i in range(keep)])
-
-
-def _greedy(
-    model: Any, ids: torch.Tensor, rest: int, cache: DynamicCache, new_tokens: int, ends: set[int], peak: Peak
-) -> list[int]:
-    """The likeliest token after another, up to one that ends the answer; the cache lacks the ``rest`` of ``ids``."""
-    said: list[int] = []
-    while len(said) < new_tokens and ends.isdisjoint(said):
-        token = forward(model, ids, 1, cache, rest).argmax()
-        said.append(int(token))
-        if len(said) == 1:
-            peak.mark("first_token_seconds")
-        ids, rest = torch.cat([ids, token[None]]), 1
-    return said
