@@ -105,7 +105,7 @@ def test_perplexity_scores_the_same_tokens_under_contexts_that_grow_to_the_left(
 
 @pytest.mark.parametrize("words_before", [LAYOUT.lead, 40, LAYOUT.lead + LAYOUT.slack])
 def test_the_passage_is_prose_wherever_it_lies_and_a_last_stretch_is_long_enough(words_before):
-    stretch = [*["12"] * words_before, *["abcdefgh"] * LAYOUT.passage, *["34"] * LAYOUT.stretch][: LAYOUT.stretch]
+    stretch = [*["12"] * words_before, *["abcdefgh"] * LAYOUT.passage, *["a4"] * LAYOUT.stretch][: LAYOUT.stretch]
     text = tokenise(tiny_tokenizer(), " ".join(["abcdefghij"] * 30 + stretch))
     assert passage_start(text, 30, LAYOUT) == 30 + words_before
     for task, length in product(TASKS, LAYOUT.lengths):
