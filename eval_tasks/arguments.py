@@ -2,6 +2,10 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from eval_tasks.models import DTYPES, LoadedModel, load_model
 from eval_tasks.smollm2 import SMOLLM2
@@ -28,6 +32,12 @@ def spaced(values: Iterable[object]) -> str:
     return " ".join(map(str, values))
 
 
+def add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds ``--out``, a directory, which may be below the user's home."""
+    home = lambda text: Path(text).expanduser()  # noqa: E731
+    parser.add_argument("--out", type=home, required=True, metavar="DIR", help=what)
+
+
 def add_lengths(parser: argparse.ArgumentParser, default: Sequence[int], what: str) -> None:
     """Adds ``--lengths``, whose help says its default."""
     what = f"{what} (default: {spaced(default)})"
@@ -47,8 +57,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=positive, help="threads of PyTorch on the CPU")
 
 
-def load_chosen_model(given: argparse.Namespace, device: str | None = None) -> LoadedModel:
-    """The model that the options name, on ``device`` in place of theirs where it is given; errors of ``load_model``."""
+def load_chosen_model(given: Any, device: str | None = None) -> LoadedModel:
+    """The model that the options name, on ``device`` in place of theirs where it is given; errors of ``load_model``.
+
+    ``given`` has them as attributes, as parsed arguments and a ``Sweep`` do. Sets PyTorch's threads to theirs.
+    """
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
     options = (given.device_map, given.revision, given.trust_remote_code)
     return load_model(given.model, given.dtype, given.device if device is None else device, *options)
 

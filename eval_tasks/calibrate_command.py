@@ -3,21 +3,18 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import torch
 from transformers.utils import logging as transformers_logging
 
-from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, load_chosen_model, not_negative
+from eval_tasks.arguments import TEXT_FORMS, add_lengths, add_model_options, add_out, load_chosen_model, not_negative
 from eval_tasks.errors import EvalError
-from eval_tasks.processes import Processes, joined_processes, refused
+from eval_tasks.processes import device_of, gathered, joined_processes
 from eval_tasks.profile_report import PROFILE, PROFILE_PICTURE, PROFILE_TABLE, write_profile_report
 from eval_tasks.store import check_out
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch.calibration import calibrate as defaults
 from nc_patch.calibration.calibrate import calibrate
 from nc_patch.calibration.profile import checked_count, checked_fraction, checked_layers
-from nc_patch.common import ProfileError, UnsupportedModelError
 from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 from nc_patch.patch import model_shape
 
@@ -25,36 +22,27 @@ _FILES = (PROFILE, PROFILE_TABLE, PROFILE_PICTURE)
 
 
 def run_calibrate(argv: Sequence[str]) -> int:
-    """Calibrates a model and writes the profile and its report; returns 0, or 2 for errors."""
+    """Calibrates a model and writes the profile and its report."""
     arguments = _parser().parse_args(argv)
     transformers_logging.disable_progress_bar()
-    try:
-        with joined_processes() as processes:
-            _calibrate(arguments, processes)
-    except (EvalError, ProfileError, UnsupportedModelError) as error:
-        return refused(error)
+    out = arguments.out
+    with joined_processes() as processes:
+        check_out(out, _FILES)
+        _check_budget(arguments)
+        texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
+        loaded = load_chosen_model(arguments, str(device_of(processes, arguments.device)))
+        dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
+        gathered(processes, None)  # nothing is measured where one of them cannot
+        options = {name: getattr(arguments, name) for name in ("eps", "pieces", "rows", "seed")}
+        profile = calibrate(loaded.model, loaded.tokenizer, texts, arguments.lengths, arguments.target, **options)
+        profile = replace(profile, model=arguments.model, dense_layers=dense)
+        if arguments.fraction is not None:
+            profile = profile.at_budget(arguments.fraction, n=arguments.at, dense_below=arguments.dense_below)
+        if processes.is_main_process:
+            profile.save(out / PROFILE)
+            print("\n".join(write_profile_report(profile, out, arguments.dense_below)))
+            print(f"\nWritten: {', '.join(str(out / name) for name in _FILES)}")
     return 0
-
-
-def _calibrate(arguments: argparse.Namespace, processes: Processes) -> None:
-    out: Path = arguments.out.expanduser()
-    check_out(out, _FILES)
-    _check_budget(arguments)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    texts = [_part(load_text(name).content, arguments.part) for name in arguments.text]
-    loaded = load_chosen_model(arguments, str(processes.device(arguments.device)))
-    dense = checked_layers(arguments.dense_layers, model_shape(loaded.model)[0])
-    processes.gathered(None)  # nothing is measured where one of them cannot
-    options = {name: getattr(arguments, name) for name in ("eps", "pieces", "rows", "seed")}
-    profile = calibrate(loaded.model, loaded.tokenizer, texts, arguments.lengths, arguments.target, **options)
-    profile = replace(profile, model=arguments.model, dense_layers=dense)
-    if arguments.fraction is not None:
-        profile = profile.at_budget(arguments.fraction, n=arguments.at, dense_below=arguments.dense_below)
-    if processes.is_first:
-        profile.save(out / PROFILE)
-        print("\n".join(write_profile_report(profile, out, arguments.dense_below)))
-        print(f"\nWritten: {', '.join(str(out / name) for name in _FILES)}")
 
 
 def _check_budget(arguments: argparse.Namespace) -> None:
@@ -84,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     description = "Measure how sparse every head of a model is, and write a profile of budgets."
     parser = argparse.ArgumentParser(prog="nc-patch calibrate", allow_abbrev=False, description=description)
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help=f"for {PROFILE} and the report")
+    add_out(parser, f"for {PROFILE} and the report")
     add_model_options(parser)
     add("--text", nargs="+", default=[PYTHON_REFERENCE], metavar="TEXT", help=f"each {TEXT_FORMS} (default)")
     halves = "half of each text to read, so that the other is left to test on (default: all)"

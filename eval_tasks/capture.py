@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from eval_tasks.errors import EvalError
 from nc_patch import AttentionResult
 from nc_patch.functional import attend
 from nc_patch.layers import Observed
@@ -17,7 +18,7 @@ from nc_patch.selections import Selection
 def receive(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) -> list[Problem]:
     """What ``layers`` compute when the model reads ``ids``, one sequence ``[1, L]`` without padding, densely.
 
-    Raises ValueError where the model has no attention in such a layer, and what ``observed`` raises.
+    Raises EvalError where the model has no attention in such a layer, and what ``observed`` raises.
     """
     found: dict[int, Problem] = {}
 
@@ -31,7 +32,7 @@ def receive(model: PreTrainedModel, ids: torch.Tensor, layers: Sequence[int]) ->
     with torch.inference_mode(), observed(model, take):
         model(ids, use_cache=False, logits_to_keep=1)
     if missing := [layer for layer in layers if layer not in found]:
-        raise ValueError(f"the attention of layers {missing} was not called; the model has {sorted(found)} of those")
+        raise EvalError(f"the attention of layers {missing} was not called; the model has {sorted(found)} of those")
     return [found[layer] for layer in layers]
 
 

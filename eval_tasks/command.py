@@ -14,24 +14,23 @@ from eval_tasks.arguments import (
     add_budget_options,
     add_lengths,
     add_model_options,
+    add_out,
     not_negative,
     positive,
     spaced,
 )  # fmt: skip
 from eval_tasks.errors import EvalError
-from eval_tasks.matching import MATCHED_BY, MATCHES, Budgets
-from eval_tasks.measure import PHASES, SPARSE_IN
+from eval_tasks.matching import MATCHED_BY, Budgets
+from eval_tasks.measure import SPARSE_IN
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
 from eval_tasks.presses import find_press
-from eval_tasks.processes import joined_processes, launched_rank, refused
+from eval_tasks.processes import joined_processes
 from eval_tasks.report import REPORT, WITHIN, write_report
-from eval_tasks.run import run_sweep
-from eval_tasks.sweep import Sweep
+from eval_tasks.sweep import Sweep, run_sweep
 from eval_tasks.synthetic import GENERATORS, Generator
 from eval_tasks.tasks import TASKS, Layout, Task, ascending
 from eval_tasks.texts import PYTHON_REFERENCE
-from nc_patch.cli import INTERRUPTED
-from nc_patch.common import ProfileError
+from nc_patch.cli import INTERRUPTED, launched_rank
 from nc_patch.ops.backends import BACKENDS
 
 _LENGTHS = (512, 1024, 2048)
@@ -41,18 +40,16 @@ _TASKS: dict[str, Task | Generator] = {**TASKS, **GENERATORS}
 
 
 def run_eval(argv: Sequence[str]) -> int:
-    """Measures methods by context length and writes the report; returns 0, 2 for errors, or 130 for Ctrl-C."""
+    """Measures methods by context length and writes the report; returns 0, or 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     transformers_logging.disable_progress_bar()
-    command, directory = shlex.join(["nc-patch", "eval", *argv]), arguments.out.expanduser()
+    command = shlex.join(["nc-patch", "eval", *argv])
     try:
         sweep = _sweep(arguments)
         with joined_processes() as processes:
-            run_sweep(sweep, directory, command, processes)
-        if processes.is_first:
-            _write_report([directory], None, arguments.within / 100)
-    except (EvalError, ProfileError) as error:
-        return refused(error)
+            run_sweep(sweep, arguments.out, command, processes)
+            if processes.is_main_process:
+                _write_report([arguments.out], None, arguments.within / 100)
     except KeyboardInterrupt:
         if launched_rank() == 0:
             print(f"\nInterrupted; what was measured is kept. To go on: {command}", file=sys.stderr)
@@ -61,7 +58,7 @@ def run_eval(argv: Sequence[str]) -> int:
 
 
 def run_report(argv: Sequence[str]) -> int:
-    """Writes the report of one or more directories, from what they hold; returns the exit code."""
+    """Writes the report of one or more directories, from what they hold."""
     parser = argparse.ArgumentParser(
         prog="nc-patch report", description="Write one report of what directories hold.", allow_abbrev=False
     )
@@ -69,10 +66,7 @@ def run_report(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes (default: DIR, where there is only one)")
     _add_within(parser)
     arguments = parser.parse_args(argv)
-    try:
-        _write_report(arguments.directories, arguments.out, arguments.within / 100)
-    except EvalError as error:
-        return refused(error)
+    _write_report(arguments.directories, arguments.out, arguments.within / 100)
     return 0
 
 
@@ -96,11 +90,7 @@ def _percentage(text: str) -> float:
 def _sweep(given: argparse.Namespace) -> Sweep:
     """The sweep that the arguments ask for; raises EvalError for values that do not fit."""
     iso = given.match == "iso"
-    try:
-        law = (given.alpha, given.C, given.equal_at)
-        budgets = Budgets(*law, given.backend, given.match, profile=given.profile)
-    except (ValueError, TypeError) as error:
-        raise EvalError(str(error)) from error
+    budgets = Budgets(given.alpha, given.C, given.equal_at, given.backend, given.match, given.profile)
     if iso and min(given.iso_keys) >= max(given.lengths):
         raise EvalError(
             f"every budget of --iso-keys ({spaced(given.iso_keys)}) holds all keys of every length "
@@ -149,20 +139,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    matches = "; ".join(f"{name}: {MATCHED_BY[name].format(equal_at=1024)}" for name in MATCHES)
+    matches = "; ".join(f"{name}: {what.format(equal_at=1024)}" for name, what in MATCHED_BY.items())
     phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
     default = f"default: {spaced(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed"
     keys = f"with --match iso: the budgets, in keys, that are measured (default: {spaced(_ISO_KEYS)})"
-    results = "directory for results.jsonl, summary.csv, run.json and report.html"
-    add("--out", type=Path, required=True, metavar="DIR", help=results)
+    add_out(parser, "directory for results.jsonl, summary.csv, run.json and report.html")
     add_model_options(parser)
     add("--text", default=PYTHON_REFERENCE, help=f"{TEXT_FORMS} (default)")
     add("--methods", nargs="+", metavar="METHOD", help=default)
     add("--profile", metavar="FILE", help="a profile from nc-patch calibrate; adds the method profile")
-    add("--match", choices=list(MATCHES), default="deploy", help=f"how budgets are matched; {matches}")
+    add("--match", choices=MATCHED_BY, default="deploy", help=f"how budgets are matched; {matches}")
     add("--iso-keys", nargs="+", type=positive, metavar="K", default=list(_ISO_KEYS), help=keys)
     _add_within(parser)
-    add("--phase", choices=list(PHASES), default="all", help=f"what is sparse (default: all). {phases}")
+    add("--phase", choices=SPARSE_IN, default="all", help=f"what is sparse (default: all). {phases}")
     add("--tasks", nargs="+", choices=_TASKS, default=[*TASKS], metavar="TASK", help=f"default: {spaced(TASKS)}")
     add_lengths(parser, _LENGTHS, "context lengths in tokens")
     add("--samples", type=positive, default=4, help="stretches of text at each length (default: 4)")

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import math
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from eval_tasks.answers import end_tokens
 from eval_tasks.arguments import add_model_options, load_chosen_model, positive
 from eval_tasks.errors import EvalError
+from eval_tasks.measure import end_tokens, forward
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch import NCConfig, nc_stats, patched, reset_stats
-from nc_patch.cli import USAGE_ERROR
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
 FACT = "The secret word of the lighthouse keeper is marigold."
@@ -43,18 +41,15 @@ class Answer:
 
 
 def run_demo(argv: Sequence[str]) -> int:
-    """Prints both answers and the comparison, and returns the exit code."""
+    """Prints both answers and the comparison."""
     given = _parser().parse_args(argv)
     try:
         config = NCConfig(given.alpha, given.C)
-        if given.threads is not None:
-            torch.set_num_threads(given.threads)
-        loaded = load_chosen_model(given)
-        model, tokenizer = loaded.model, loaded.tokenizer
-        prompt = prompt_of(tokenizer, given.text, given.tokens, given.question).to(model.device)
-    except (ValueError, TypeError) as error:
-        print(f"nc-patch: {error}", file=sys.stderr)
-        return USAGE_ERROR
+    except ValueError as error:
+        raise EvalError(str(error)) from error
+    loaded = load_chosen_model(given)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    prompt = prompt_of(tokenizer, given.text, given.tokens, given.question).to(model.device)
     where = f"{torch.get_num_threads()} threads" if model.device.type == "cpu" else str(model.device)
     print(f"{given.model}, a prompt of {prompt.shape[1]:,} tokens of {given.text}, on {where}")
     print(f"Question: {given.question or QUESTION}\n")
@@ -84,15 +79,15 @@ def prompt_of(tokenizer: Any, text: str, tokens: int, question: str | None) -> t
 @torch.inference_mode()
 def answer(model: Any, tokenizer: Any, prompt: torch.Tensor, config: NCConfig | None, most: int) -> Answer:
     """The greedy answer of at most ``most`` tokens to ``prompt`` ``[1, N]``, printed as it comes; None is dense."""
-    found, cache, ends = Answer(), DynamicCache(), end_tokens(model, tokenizer)
+    found, cache, ends = Answer(), DynamicCache(config=model.config), end_tokens(model, tokenizer)
     taken, seconds = list[int](), list[float]()
     with patched(model, config=config) if config else contextlib.nullcontext():
-        begin = time.perf_counter()
-        scored = min(SCORED, prompt.shape[1] - 1)
-        logits = model(prompt, past_key_values=cache, logits_to_keep=scored + 1).logits[0].float()
+        begin, ids = time.perf_counter(), prompt[0]
+        scored = min(SCORED, len(ids) - 1)
+        logits = forward(model, ids, scored + 1, cache, len(ids)).float()
         token = int(logits[-1].argmax())
         found.first = time.perf_counter() - begin
-        found.nats = torch.nn.functional.cross_entropy(logits[:-1], prompt[0, -scored:]).item()
+        found.nats = torch.nn.functional.cross_entropy(logits[:-1], ids[-scored:]).item()
         share = nc_stats(model)["attended_fraction"] if config else 1.0
         if config:
             reset_stats(model)
@@ -102,8 +97,8 @@ def answer(model: Any, tokenizer: Any, prompt: torch.Tensor, config: NCConfig | 
             text = tokenizer.decode(taken)
             print(text[len(found.text) :], end="", flush=True)
             found.text, begin = text, time.perf_counter()
-            logits = model(prompt.new_tensor([[token]]), past_key_values=cache).logits
-            token = int(logits[0, -1].argmax())
+            ids = torch.cat([ids, ids.new_tensor([token])])
+            token = int(forward(model, ids, 1, cache).argmax())
             seconds.append(time.perf_counter() - begin)
         found.step = statistics.median(seconds) if seconds else math.nan
         if config and seconds:

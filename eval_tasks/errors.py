@@ -7,3 +7,7 @@ class EvalError(ValueError):
 
 class MemoryRanOut(EvalError):
     """One measurement needs more memory than there is; others may still fit."""
+
+
+class ProcessEnded(EvalError):
+    """Another process ended or does not answer; what happened there, it has said itself."""

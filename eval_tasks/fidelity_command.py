@@ -9,7 +9,6 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,7 +19,7 @@ from eval_tasks.capture import attend_rows, receive
 from eval_tasks.errors import EvalError
 from eval_tasks.figures import Figure, Line, Panel, draw, style_of, to_png
 from eval_tasks.matching import Budgets
-from eval_tasks.methods import DEFAULT_METHODS, DENSE, find_method, order_of
+from eval_tasks.methods import DEFAULT_METHODS, DENSE, attention_by, find_method, order_of
 from eval_tasks.models import attention_of
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.store import check_out, write_atomically
@@ -28,7 +27,6 @@ from eval_tasks.summary import csv_of
 from eval_tasks.tasks import Layout, ascending, places, tokenise
 from eval_tasks.texts import PYTHON_REFERENCE, load_text
 from nc_patch import AttentionResult, NCConfig
-from nc_patch.cli import USAGE_ERROR
 from nc_patch.ops.problem import Problem
 from nc_patch.selections import Dense
 
@@ -38,19 +36,15 @@ ROWS = 64
 
 
 def run_fidelity(argv: Sequence[str]) -> int:
-    """Measures, writes ``fidelity.json``, ``fidelity.csv`` and ``fidelity.png``, and returns the exit code."""
+    """Measures, and writes ``fidelity.json``, ``fidelity.csv`` and ``fidelity.png``."""
     arguments = _parser().parse_args(argv)
     out = arguments.out
-    try:
-        check_out(out, (RESULTS, TABLE, PICTURE))
-        record = {"command": shlex.join(["nc-patch", "fidelity", *argv])} | _measure(arguments)
-        layers = by_layer(record["rows"])
-        write_atomically(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
-        write_atomically(out / TABLE, csv_of(layers).encode())
-        write_atomically(out / PICTURE, to_png(figure(layers)))
-    except ValueError as error:
-        print(f"nc-patch: {error}", file=sys.stderr)
-        return USAGE_ERROR
+    check_out(out, (RESULTS, TABLE, PICTURE))
+    record = {"command": shlex.join(["nc-patch", "fidelity", *argv])} | _measure(arguments)
+    layers = by_layer(record["rows"])
+    write_atomically(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(out / TABLE, csv_of(layers).encode())
+    write_atomically(out / PICTURE, to_png(figure(layers)))
     table = layers.pivot_table(["kept_mass", "output_error"], "method", "length", sort=False)
     print(table.rename(index=lambda name: find_method(name).title).to_string(float_format="%.3f"))
     print(f"\nWritten: {', '.join(str(out / name) for name in (RESULTS, TABLE, PICTURE))}")
@@ -122,8 +116,6 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at)
     for name in methods:
         _config(name, budgets, max(lengths))
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
     loaded, source = options.load_chosen_model(arguments), load_text(arguments.text)
     text, model = tokenise(loaded.tokenizer, source.content), loaded.model
     rows: list[dict[str, Any]] = []
@@ -138,9 +130,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
-    method = find_method(name)
-    config = method.config(budgets.at(length))
-    if config is None or method.press is not None:
+    config = attention_by(name, budgets, length)
+    if not isinstance(config, NCConfig):
         raise EvalError(f"{name} is no sparse attention of this package: fidelity compares those with dense attention")
     return config
 
@@ -156,7 +147,7 @@ def _attend(problem: Problem, length: int, config: NCConfig) -> AttentionResult:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nc-patch fidelity", allow_abbrev=False, description=__doc__)
     add, sparse = parser.add_argument, [name for name in DEFAULT_METHODS if name != DENSE]
-    add("--out", type=Path, required=True, metavar="DIR", help=f"directory for {RESULTS}, {TABLE} and {PICTURE}")
+    options.add_out(parser, f"directory for {RESULTS}, {TABLE} and {PICTURE}")
     options.add_model_options(parser)
     add("--text", default=PYTHON_REFERENCE, help=f"{options.TEXT_FORMS} (default)")
     add("--methods", nargs="+", default=sparse, metavar="METHOD", help=f"default: {' '.join(sparse)}")

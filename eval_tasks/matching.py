@@ -1,16 +1,16 @@
 """What makes budgets equal: the ways of matching, and the parameters of the laws that follow from each."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from eval_tasks.errors import EvalError
-from eval_tasks.log_law import log_budgets
 from nc_patch.budget import budget_of, budgets
 from nc_patch.calibration.profile import Profile
 from nc_patch.common import ProfileError
@@ -18,8 +18,7 @@ from nc_patch.config import NCConfig
 from nc_patch.ops.backends import Backend
 
 Match = Literal["deploy", "scored", "total", "iso"]
-MATCHES: tuple[Match, ...] = get_args(Match)
-MATCHED_BY = {
+MATCHED_BY: dict[Match, str] = {
     "deploy": "budgets are equal at {equal_at:,} tokens and then follow their own laws",
     "scored": "at every length all budgets are equal for the query that sees all of it",
     "total": "at every length all queries together may attend equally many keys under every law",
@@ -32,7 +31,7 @@ class Budgets:
     """The budgets of a comparison: α·n^C, and the other laws matched to it.
 
     With ``match="deploy"`` all methods have the same budget at ``equal_at`` tokens, at least 2; ``profile`` is the path
-    of a calibrated profile. Raises ValueError for a value out of its range.
+    of a calibrated profile. Raises EvalError for a value out of its range.
     """
 
     alpha: float
@@ -44,10 +43,13 @@ class Budgets:
 
     def __post_init__(self) -> None:
         if self.equal_at < 2:
-            raise ValueError(f"equal_at must be a length of at least 2, got {self.equal_at}")
-        if self.match not in MATCHES:
-            raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {self.match!r}")
-        NCConfig(self.alpha, self.C, backend=self.backend)
+            raise EvalError(f"equal_at must be a length of at least 2, got {self.equal_at}")
+        if self.match not in MATCHED_BY:
+            raise EvalError(f"match must be one of {', '.join(MATCHED_BY)}, got {self.match!r}")
+        try:
+            NCConfig(self.alpha, self.C, backend=self.backend)
+        except ValueError as error:
+            raise EvalError(str(error)) from error
 
     @lru_cache(maxsize=256)  # noqa: B019 (budgets are small, and keep what they worked out)
     def at(self, length: int) -> "Budgets":
@@ -114,3 +116,33 @@ def bracket(below: Callable[[float], Any], high: float) -> tuple[float, float]:
         middle = (low + high) / 2
         low, high = (middle, high) if below(middle) else (low, middle)
     return low, high
+
+
+def log_budgets(n: np.ndarray, factor: float, min_keys: int = 1) -> np.ndarray:
+    """Keys of queries that see ``n`` each, ``min(n, max(min_keys, ceil(factor * log2(n))))``, int64 as ``n``."""
+    raw = np.ceil(np.minimum(factor * np.log2(np.maximum(n, 1)), n)).astype(np.int64)
+    return np.asarray(np.minimum(n, np.maximum(min_keys, raw)))
+
+
+@dataclass(frozen=True, init=False)
+class LogConfig(NCConfig):
+    """Settings of attention over ``ceil(alpha * log2(n))`` keys instead of ``ceil(alpha * n**C)``; ``C`` has no use.
+
+    Every query has the budget of the keys that it sees. Neither ``torch.compile`` nor files know this law.
+    """
+
+    def budget(self, n: int | torch.Tensor, layer: int | None = None, head: int | None = None) -> Any:
+        assert isinstance(self.alpha, float)
+        if isinstance(n, int):
+            return int(log_budgets(np.array(n), self.alpha, self.min_keys))
+        return torch.from_numpy(log_budgets(n.cpu().numpy(), self.alpha, self.min_keys)).to(n.device, torch.int32)
+
+    def _row_budgets(self, visible: torch.Tensor, max_n: int, laws: Sequence[tuple[float, float]]) -> torch.Tensor:
+        table = self.budget(torch.arange(max_n + 1)).to(visible.device)
+        return table[(visible[..., 1] - visible[..., 0]).long()][:, None]
+
+    def largest_budget(self, n: int, layer: int | None = None) -> int:
+        return int(self.budget(n))
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"law": "log"}

@@ -1,4 +1,4 @@
-"""One measurement: a forward pass, its loss at the scored tokens, what it attended, its time and its memory."""
+"""One measurement: the loss of scored tokens or an answer, what was attended for it, its time and its memory."""
 
 import contextlib
 import inspect
@@ -7,20 +7,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from statistics import fmean
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
+from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.peak import Peak, memory_watched
 from eval_tasks.presses import Press
+from eval_tasks.synthetic import SyntheticSample
+from eval_tasks.synthetic.fitting import tokens_of
 from eval_tasks.tasks import Sample
 from nc_patch import NCConfig, nc_stats, patched, reset_stats
 
 Phase = Literal["all", "prefill", "question", "decode"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-SPARSE_IN = {
+SPARSE_IN: dict[Phase, str] = {
     "all": "the whole forward pass",
     "prefill": "the context; the scored tokens, or the answer, are dense",
     "question": "the scored tokens, or question and answer, after a dense prefill",
@@ -34,6 +36,10 @@ Attention = NCConfig | Press | None
 Result = TypeVar("Result")
 _COUNTS = ("attended_fraction", "mean_keys", "tail_attended_fraction", "tail_mean_keys")
 _WARM_UP_TOKENS = 64
+# With phase "question" so many last tokens of a prompt count as the question, which stands at its end.
+QUESTION_TOKENS = 64
+# Of what a model says so much is kept.
+KEPT_LETTERS = 400
 
 
 def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "all") -> dict[str, Any]:
@@ -56,6 +62,47 @@ def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "al
     token_losses = [round(loss, 4) for loss in losses.tolist()]
     found = {"loss_sum": loss_sum, "tokens": scored, "token_losses": token_losses, "bytes": sample.scored_bytes}
     return found | counts
+
+
+def answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, attention: Attention, sample: SyntheticSample, phase: Phase = "all"
+) -> dict[str, Any]:
+    """Lets a model that is not patched answer greedily, and scores what it says.
+
+    The context of ``phase`` is the prompt but for its last token, or for its last ``QUESTION_TOKENS`` where the phase
+    is ``"question"``. Returns fields of a row: the score in [0, 1], what was said, the ``depth`` of the first sentence
+    of evidence where there is one, as a share of the prompt, ``first_token_seconds`` until the first token of the
+    answer, and the fields of ``in_phase``, whose scored positions are those that predict a token of the answer. Raises
+    MemoryRanOut once what was allocated is free again.
+    """
+    ids = torch.tensor(tokens_of(tokenizer, sample.prompt), device=model.device)
+    before = len(ids) - (QUESTION_TOKENS if phase == "question" else 1)
+    ends = end_tokens(model, tokenizer)
+
+    def read(cache: DynamicCache | None, peak: Peak) -> tuple[list[int], int, int]:
+        known, said = ids, list[int]()
+        new = len(ids) if cache is None else len(ids) - before
+        cache = DynamicCache(config=model.config) if cache is None else cache
+        while len(said) < sample.new_tokens and ends.isdisjoint(said):
+            token = forward(model, known, 1, cache, new).argmax()
+            said.append(int(token))
+            if len(said) == 1:
+                peak.mark("first_token_seconds")
+            known, new = torch.cat([known, token[None]]), 1
+        return said, len(ids) - before + len(said) - 1, len(said)
+
+    with memory_watched(len(ids)):
+        said, counts = in_phase(phase, model, attention, ids[:before], 1, read)
+    text = tokenizer.decode(said, skip_special_tokens=True)
+    return {
+        "score": score(text, sample.answers),
+        "said": text[:KEPT_LETTERS],
+        "expected": list(sample.answers),
+        "prompt_tokens": len(ids),
+        "said_tokens": len(said),
+        **({"depth": sample.depths[0]} if sample.depths else {}),
+        **counts,
+    }
 
 
 @torch.inference_mode()
@@ -118,6 +165,13 @@ def forward(
         options = {**_with_cache(model, cache), **_only_last(model, keep)}
         logits = model(input_ids=ids[None, -read:], position_ids=positions, **options).logits
     return logits[0, -keep:]
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer."""
+    found = model.generation_config.eos_token_id
+    ids = found if isinstance(found, list) else [found]
+    return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
 
 
 def _only_last(model: Any, keep: int) -> dict[str, int]:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
-from eval_tasks.matching import MATCHES
-from eval_tasks.measure import PHASES
+from eval_tasks.matching import MATCHED_BY
+from eval_tasks.measure import SPARSE_IN
 from eval_tasks.methods import METHODS, PRESS, keys_of, order_of
 from eval_tasks.provenance import differing
 from eval_tasks.store import Row, each_cell_once, read_rows, read_run
@@ -59,5 +59,5 @@ def _check_known(directory: Path, identity: Mapping[str, Any], rows: Sequence[Ro
     methods = {row["method"] for row in rows} | {*identity["methods"]}
     names = {keys_of(name)[0] for name in methods if not name.startswith(PRESS)}
     names |= {row["task"] for row in rows if "loss_sum" in row} | {identity["match"], identity["phase"]}
-    if unknown := sorted(names - {*METHODS, *TASKS, *MATCHES, *PHASES}):
+    if unknown := sorted(names - {*METHODS, *TASKS, *MATCHED_BY, *SPARSE_IN}):
         raise EvalError(f"{directory} holds results of {ascii(unknown[0])[:60]}, which this version does not know")

@@ -6,8 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from eval_tasks.errors import EvalError
-from eval_tasks.log_law import LogConfig
-from eval_tasks.matching import Budgets
+from eval_tasks.matching import Budgets, LogConfig
 from eval_tasks.measure import Attention
 from eval_tasks.presses import Press
 from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from eval_tasks.errors import EvalError
 from eval_tasks.smollm2 import SMOLLM2, smollm2_directory
+from nc_patch.cli import launched_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB = "huggingface.co"
@@ -53,7 +54,7 @@ class ModelSource:
             reason = textwrap.shorten(str(error) or type(error).__name__, 600, placeholder=" ...").removesuffix(".")
             advice = " ".join(advice for words, advice in _ADVICE.items() if re.search(words, reason))
             if offline or not (is_local or advice):
-                advice = f"Check the name and the network, or use --model {SMOLLM2}, which needs neither."
+                advice = f"Check the name and the network, or use the model {SMOLLM2}, which needs neither."
             where = "" if is_local else f" is no directory here and{' the hub is out of reach, so it' * offline}"
             raise EvalError(f"the model {self.name}{where} could not be loaded: {reason}. {advice}".rstrip()) from error
 
@@ -112,7 +113,7 @@ def load_model(
     source = find_model(name, revision, trust_remote_code)
     tokenizer = source.load(AutoTokenizer)
     model = source.load(AutoModelForCausalLM, dtype=chosen, device_map=device_map)
-    if attention_of(model) == "eager" and os.environ.get("RANK", "0") == "0":  # said by one of the processes of a run
+    if attention_of(model) == "eager" and launched_rank() == 0:  # said by one of the processes of a run
         said = "has no SDPA attention: dense attention runs eagerly, which holds every score in memory."
         print(f"{name} {said}", file=sys.stderr)
     return LoadedModel((model if device_map else model.to(target)).eval(), tokenizer)

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import threading
 import time
 import traceback
@@ -11,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from eval_tasks.errors import MemoryRanOut
 
@@ -78,7 +78,5 @@ def memory_watched(tokens: int) -> Iterator[None]:
             raise
         reason = str(error).split("\n")[0]
         traceback.clear_frames(error.__traceback__)  # which hold what was allocated, and are held by the next error
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)
     raise MemoryRanOut(f"memory ran out at {tokens:,} tokens ({reason}); ask for shorter lengths")

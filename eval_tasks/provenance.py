@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,27 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable
 
 
 def record_session(
-    directory: Path, identity: Mapping[str, Any], details: Mapping[str, Any], session: Mapping[str, Any]
+    directory: Path,
+    identity: Mapping[str, Any],
+    details: Mapping[str, Any],
+    command: str,
+    machines: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes ``run.json``, or adds this session to the one there is; says so where its hardware is another.
+    """Writes ``run.json``, or adds a session to the one there is; says so where its hardware is another.
 
-    ``details`` are what later sessions need not repeat; of a session, ``command``, ``hardware`` and more is recorded.
+    ``details`` are what later sessions need not repeat. Of a session the command is recorded, and the ``machines``: the
+    hardware of each of its processes, by which the first one's stands for all that are alike.
     """
-    run = read_run(directory) or {"command": session["command"], "identity": dict(identity), **details, "sessions": []}
-    before, here = hardware_words(run["hardware"]), hardware_words(session["hardware"])
+    first = {"command": command, "identity": dict(identity), **details, "hardware": machines[0], "sessions": []}
+    run = read_run(directory) or first
+    before, here = hardware_words(run["hardware"]), hardware_words(machines[0])
     if before != here:
         said = f"This session runs on other hardware ({here}) than the first ({before}); it is recorded, and the report"
         print(f"{said} says that times do not compare.", file=sys.stderr)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run["sessions"].append({"started": now, "commit": commit(), **session})
+    session: dict[str, Any] = {"started": now, "commit": commit(), "command": command, "processes": len(machines)}
+    session["hardware"] = machines[0]
+    if others := {words: each for each in machines if (words := hardware_words(each)) != here}:
+        session["other_hardware"] = [*others.values()]
+    run["sessions"].append(session)
     write_atomically(directory / RUN, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())

@@ -6,10 +6,13 @@ Commands live in ``eval_tasks`` and are imported when they are called, so that t
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from eval_tasks.errors import EvalError, ProcessEnded
+from nc_patch.common import ProfileError, UnsupportedModelError
 from nc_patch.version import __version__
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -19,7 +22,10 @@ _OF_BENCH = ("matplotlib", "pandas", "psutil", "torch", "transformers")
 
 
 class Command(NamedTuple):
-    """A subcommand: the function of the remaining arguments, which returns the exit code, and its line of the help."""
+    """A subcommand: the function of the remaining arguments, which returns the exit code, and its line of the help.
+
+    The function raises EvalError, ProfileError or UnsupportedModelError with what is said to the user.
+    """
 
     module: str
     function: str
@@ -62,6 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(getattr(importlib.import_module(command.module), command.function)(arguments[1:]))
     except SystemExit as stop:  # argparse ends this way, after its message
         return stop.code if isinstance(stop.code, int) else USAGE_ERROR
+    except (EvalError, ProfileError, UnsupportedModelError) as error:
+        rank = launched_rank()
+        if rank == 0 or not isinstance(error, ProcessEnded):
+            print("nc-patch:", *([f"process {rank}:"] if rank else []), error, file=sys.stderr)
+        return USAGE_ERROR
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+def launched_rank() -> int:
+    """Which of the processes of a launcher this one is; 0 alone."""
+    return int(os.environ.get("RANK", "0"))

@@ -69,7 +69,7 @@ LONGEST = (
     "test_ways_compile",
     "test_attention",
     "test_wheel",
-    "test_eval_processes",
+    "test_eval_sweep",
 )
 
 

@@ -2,12 +2,13 @@
 
 import multiprocessing.process
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["eval_tasks.command"])
@@ -40,7 +41,7 @@ def call_ranks(
     home: Path, function: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
 ) -> list[multiprocessing.process.BaseProcess]:
     """The same of calls ``function(*arguments)``, of a function of a module."""
-    shared, ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}, []
+    shared, ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}, []
     for rank, own in enumerate(arguments):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(start_call(function, *own, said=home / f"said{rank}", **place, **shared))
@@ -52,13 +53,6 @@ def ended(home: Path, ranks: Sequence[multiprocessing.process.BaseProcess]) -> t
     for process in ranks:
         process.join(120)
     return [process.exitcode for process in ranks], *((home / f"said{rank}").read_text() for rank in (0, 1))
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_sweep import sweep_arguments
 
-from eval_tasks import calibrate_command, fidelity_command, run
+from eval_tasks import calibrate_command, fidelity_command, sweep
 from eval_tasks.bench import command
 from eval_tasks.methods import METHODS
 from eval_tasks.tasks import TASKS
@@ -27,7 +27,7 @@ def unmeasured(monkeypatch):
     def measured(*_: object, **__: object) -> None:
         raise AssertionError("something was measured before what the end needs was looked for")
 
-    monkeypatch.setattr(run, "_measure_all", measured)
+    monkeypatch.setattr(sweep, "_measure_all", measured)
     monkeypatch.setattr(fidelity_command, "fidelity", measured)
     monkeypatch.setattr(calibrate_command, "calibrate", measured)
     monkeypatch.setattr(command, "_measure", measured)

@@ -11,21 +11,17 @@ import evaluate
 from eval_tasks.metrics import string_match
 
 
-def compute(predictions, references, **options):
-    metric = evaluate.load(string_match.__path__[0], keep_in_memory=True)
-    return metric.compute(predictions=predictions, references=references, **options)
-
-
-def test_it_loads_from_its_directory_or_its_file_alone_without_a_network(tmp_path, monkeypatch):
+@pytest.fixture(params=["directory", "file alone"])
+def metric(request, tmp_path, monkeypatch):
     def refused(*_, **__):
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr("socket.getaddrinfo", refused)
     directory = string_match.__path__[0]
-    for path in (directory, shutil.copy(f"{directory}/string_match.py", tmp_path)):
-        metric = evaluate.load(path)
-        assert isinstance(metric, evaluate.Metric)
-        assert metric.inputs_description.strip().startswith("Args:")
+    place = directory if request.param == "directory" else shutil.copy(f"{directory}/string_match.py", tmp_path)
+    found = evaluate.load(place, keep_in_memory=True)
+    assert found.inputs_description.strip().startswith("Args:")
+    return found
 
 
 @pytest.mark.parametrize(
@@ -38,15 +34,15 @@ def test_it_loads_from_its_directory_or_its_file_alone_without_a_network(tmp_pat
         ("12\x0034", ["1234"], 0.0, 0.0),
     ],
 )
-def test_string_match_is_rulers(prediction, references, share, part):
+def test_string_match_is_rulers(metric, prediction, references, share, part):
     for match, expected in (("all", share), ("part", part)):
-        found = compute([prediction, "x"], [references, ["x"]], match=match)
+        found = metric.compute(predictions=[prediction, "x"], references=[references, ["x"]], match=match)
         assert found == {"string_match": (expected + 1) / 2, "scores": [expected, 1.0]}
 
 
 @pytest.mark.parametrize(
     ("references", "match", "message"), [([["a"]], "any", "match must be 'all'"), ([[]], "all", "at least one string")]
 )
-def test_string_match_refuses_what_it_cannot_score(references, match, message):
+def test_string_match_refuses_what_it_cannot_score(metric, references, match, message):
     with pytest.raises(ValueError, match=message):
-        compute(["a"], references, match=match)
+        metric.compute(predictions=["a"], references=references, match=match)

@@ -103,19 +103,14 @@ def test_paths_are_told_from_hub_names(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_loaded_with_an_implementation_it_has_and_eager_is_said(tmp_path, family, capsys):
+def test_every_family_is_loaded_in_its_dtype_with_an_implementation_it_has_and_eager_is_said(tmp_path, family, capsys):
     directory = str(save_tiny_model(tmp_path, family))
-    loaded = load_model(directory, "float32", "cpu").model
+    loaded = load_model(directory, "auto", "cpu").model
     implementation = FAMILIES[family][3]
     assert (attention_of(loaded), loaded.training) == (implementation, False)
     assert ("runs eagerly" in capsys.readouterr().err) == (implementation == "eager")
     with torch.inference_mode():
         torch.testing.assert_close(loaded(random_ids(1, 24)).logits, tiny_model(family)(random_ids(1, 24)).logits)
-
-
-def test_dtypes_are_those_that_are_asked_for(tmp_path):
-    directory = str(save_tiny_model(tmp_path))
-    assert load_model(directory, "auto", "cpu").model.dtype == torch.float32
     assert load_model(directory, "bfloat16", "cpu").model.dtype == torch.bfloat16
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(EvalError, match=r"the model .* could not be loaded"):

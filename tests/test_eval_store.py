@@ -9,19 +9,10 @@ from test_eval_report import run_of
 
 from eval_tasks.errors import EvalError
 from eval_tasks.provenance import check_same, record_session
-from eval_tasks.store import (
-    RESULTS,
-    RUN,
-    append_row,
-    claimed,
-    read_rows,
-    read_run,
-    write_atomically,
-)
+from eval_tasks.store import RESULTS, RUN, append_row, claimed, read_rows, read_run, write_atomically
 
 DETAILS = run_of(model="m")
 IDENTITY = DETAILS.pop("identity")
-SESSION = {"command": "nc-patch eval", "hardware": DETAILS["hardware"]}
 
 
 def row(sample, **fields):
@@ -32,38 +23,26 @@ def line(sample, **fields):
     return json.dumps(row(sample, **fields)) + "\n"
 
 
-def samples(directory):
-    return [each["sample"] for each in read_rows(directory)]
+ROWS = [row(0, loss_sum=-1.5), row(1, said="é <b>")]
+WRITTEN = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in ROWS).encode()
+SECOND = WRITTEN.index(b"\n") + 1
 
 
-def test_rows_are_read_as_they_were_written(tmp_path):
-    rows = [row(0, said="é <b>"), row(1, loss_sum=-1.5)]
-    with claimed(tmp_path / "out"):
-        for each in rows:
-            append_row(tmp_path / "out", each)
-    assert read_rows(tmp_path / "out") == rows
-
-
-@pytest.mark.parametrize(
-    "torn", ['{"key": "c", "val', '{"nothing": 1}', "\x00\x00\x00", "\x00\x00\x00\n", '{"key": \n']
-)
 @pytest.mark.parametrize("who", ["the next run", "another process of the run"])
-def test_a_torn_last_line_is_cut_off(tmp_path, capsys, torn, who):
-    (tmp_path / RESULTS).write_text(line(0) + torn, encoding="utf-8")
-    assert samples(tmp_path) == [0]
-    if who == "the next run":
-        with claimed(tmp_path):
-            assert "torn off" in capsys.readouterr().err
-    append_row(tmp_path, row(1))
-    assert (tmp_path / RESULTS).read_text().splitlines(keepends=True) == [line(0), line(1)]
-
-
-def test_a_whole_last_line_without_its_end_is_kept(tmp_path, capsys):
-    (tmp_path / RESULTS).write_text((line(0) + line(1)).rstrip("\n"), encoding="utf-8")
-    with claimed(tmp_path):
+def test_whole_lines_are_read_as_they_were_written_and_a_torn_last_one_is_cut_off(tmp_path, capsys, who):
+    """Torn anywhere, within a letter as well, or damaged by the end of the machine."""
+    cuts = [*range(SECOND, len(WRITTEN) - 1, 9), WRITTEN.index("é".encode()) + 1, len(WRITTEN) - 2]
+    ends = [WRITTEN[SECOND:cut] for cut in cuts] + [b'{"nothing": 1}', b"\0\0\0", b"\0\0\0\n", b'{"key": \n']
+    for content, whole in [(WRITTEN, 2), (WRITTEN[:-1], 2), *((WRITTEN[:SECOND] + end, 1) for end in ends)]:
+        (tmp_path / RESULTS).write_bytes(content)
+        assert read_rows(tmp_path) == ROWS[:whole]
+        if who == "the next run":
+            with claimed(tmp_path):
+                pass
+            assert ("torn off" in capsys.readouterr().err) == (whole == 1 and len(content) > SECOND)
         append_row(tmp_path, row(2))
-    assert samples(tmp_path) == [0, 1, 2]
-    assert capsys.readouterr().err == ""
+        assert read_rows(tmp_path) == [*ROWS[:whole], row(2)]
+        assert (tmp_path / RESULTS).read_bytes().count(b"\n") == whole + 1
 
 
 def test_the_next_run_waits_for_the_processes_that_a_killed_first_one_leaves(tmp_path):
@@ -102,65 +81,50 @@ def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path):
     assert (tmp_path / RUN).read_bytes() == b"old"
     assert not list(tmp_path.glob(".run.json*"))
     append_row(tmp_path, row(1))
-    assert samples(tmp_path) == [0, 1]
+    assert read_rows(tmp_path) == [row(0), row(1)]
 
 
 def test_a_value_that_json_cannot_hold_is_an_error_and_leaves_the_file_alone(tmp_path):
     append_row(tmp_path, row(0))
     with pytest.raises(ValueError, match="JSON"):
         append_row(tmp_path, row(1, loss_sum=float("nan")))
-    assert samples(tmp_path) == [0]
+    assert read_rows(tmp_path) == [row(0)]
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "damage", "message"),
     [
-        ({"method": "=cmd()"}, "method cannot be"),
-        ({"task": "\x1b[2J"}, "task cannot be"),
-        ({"length": 0}, "length cannot be"),
-        ({"budget": True}, "budget cannot be"),
-        ({"loss_sum": 1e12, "tokens": 1}, "within 700"),
-        ({"attended_fraction": 1.5}, "attended_fraction cannot be"),
-        ({"seconds": "1"}, "seconds cannot be"),
-        ({"token_losses": [1.0, "x"]}, "token_losses cannot be"),
-        ({"token_losses": [1.0]}, "token_losses must be 10, one for each of the tokens"),
-        ({"depth": 2}, "depth cannot be"),
+        (RESULTS, {"method": "=cmd()"}, "method cannot be"),
+        (RESULTS, {"task": "\x1b[2J"}, "task cannot be"),
+        (RESULTS, {"length": 0}, "length cannot be"),
+        (RESULTS, {"budget": True}, "budget cannot be"),
+        (RESULTS, {"loss_sum": 1e12, "tokens": 1}, "loss_sum / tokens must be within 700"),
+        (RESULTS, {"attended_fraction": 1.5}, "attended_fraction cannot be"),
+        (RESULTS, {"seconds": "1"}, "seconds cannot be"),
+        (RESULTS, {"token_losses": [1.0, "x"]}, "token_losses cannot be"),
+        (RESULTS, {"token_losses": [1.0]}, "token_losses must be 10, one for each of the tokens"),
+        (RESULTS, {"depth": 2}, "depth cannot be"),
+        (RESULTS, {"tokens": None}, "tokens is missing. Remove that line"),
+        (RUN, {"identity": IDENTITY | {"seed": "first"}}, "seed cannot be"),
+        (RUN, {"identity": IDENTITY | {"lengths": [0]}}, "lengths cannot be"),
+        (RUN, {"identity": IDENTITY | {"dtype": "\ud800"}}, "identity cannot be"),
+        (RUN, {"sessions": [{"hardware": "a laptop"}]}, "sessions cannot be"),
+        (RUN, {"sessions": [{"other_hardware": {"processor": "p"}}]}, "sessions cannot be"),
+        (RUN, {"hardware": {"processor": "\x1b[2J"}}, "hardware cannot be"),
     ],
 )
-def test_a_row_that_cannot_have_been_measured_is_refused_by_its_field(tmp_path, damage, message):
-    (tmp_path / RESULTS).write_text(line(0) + line(1, **damage))
-    with pytest.raises(EvalError, match=message):
-        read_rows(tmp_path)
-
-
-def test_a_row_without_a_field_is_refused_with_its_line(tmp_path):
-    lacking = row(1)
-    del lacking["tokens"]
-    (tmp_path / RESULTS).write_text(line(0) + json.dumps(lacking) + "\n")
-    with pytest.raises(EvalError, match=r"line 2 of .* is a damaged result: tokens is missing. Remove that line"):
-        read_rows(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"identity": IDENTITY | {"seed": "first"}},
-        {"sessions": [{"hardware": "a laptop"}]},
-        {"sessions": [{"other_hardware": {"processor": "p"}}]},
-        {"hardware": {"processor": "\x1b[2J"}},
-        {"identity": IDENTITY | {"lengths": [0]}},
-        {"identity": IDENTITY | {"dtype": "\ud800"}},
-    ],
-)
-def test_a_record_of_another_kind_is_refused(tmp_path, damage):
-    (tmp_path / RUN).write_text(json.dumps(DETAILS | {"identity": IDENTITY, "command": "c", "sessions": []} | damage))
-    with pytest.raises(EvalError, match=r"run.json is damaged: (sessions|hardware|identity|lengths|seed) cannot be"):
-        read_run(tmp_path)
+def test_what_cannot_have_been_measured_is_refused_by_its_place_and_its_field(tmp_path, file, damage, message):
+    whole = row(1) if file == RESULTS else DETAILS | {"identity": IDENTITY, "command": "c", "sessions": []}
+    content = {name: value for name, value in (whole | damage).items() if value is not None}
+    (tmp_path / file).write_text(line(0) * (file == RESULTS) + json.dumps(content))
+    read, place = (read_rows, "line 2 of .*") if file == RESULTS else (read_run, "run.json")
+    with pytest.raises(EvalError, match=f"{place} is .*damaged.*: {message}"):
+        read(tmp_path)
 
 
 def test_each_session_is_recorded_the_first_command_stays_and_other_hardware_is_said(tmp_path, capsys):
-    record_session(tmp_path, IDENTITY, DETAILS, SESSION)
-    record_session(tmp_path, IDENTITY, {}, SESSION | {"command": "second", "hardware": {"processor": "q"}})
+    record_session(tmp_path, IDENTITY, DETAILS, "nc-patch eval", [DETAILS["hardware"]])
+    record_session(tmp_path, IDENTITY, {}, "second", [{"processor": "q"}])
     # Tuples are lists in a file, and what the record lacks is not compared.
     check_same(tmp_path, {**IDENTITY, "methods": tuple(IDENTITY["methods"]), "new": 1})
     run = read_run(tmp_path)

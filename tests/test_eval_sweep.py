@@ -1,42 +1,77 @@
-"""Whole sweeps on a tiny model: what is measured, what is refused, and that interruptions lose nothing."""
+"""Sweeps on a tiny model: what is measured, by one process or several, what is refused, and that nothing is lost."""
 
+import json
 import math
 import os
+import random
+import re
+import shutil
 import signal
+import subprocess
+import sys
+import time
+import weakref
 
 import pandas as pd
 import pytest
 import torch
-from processes import lines, start, wait_until
+from processes import ended, lines, start, start_ranks, wait_until
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from eval_tasks import measure as measuring
+from eval_tasks import peak
+from eval_tasks.errors import EvalError
 from eval_tasks.methods import DEFAULT_METHODS
-from eval_tasks.store import read_rows, read_run
+from eval_tasks.store import Cell, read_rows, read_run
 from eval_tasks.tasks import TASKS
+from nc_patch import config
 from nc_patch.cli import main
 from nc_patch.layers import PATCH_ATTRIBUTE
 
-# Recall and perplexity by every method, and by dense attention what it is without the passage.
-PER_SAMPLE = 2 * len(DEFAULT_METHODS) + 1
+# Fields that say when, where and how fast, and not what was found.
+TIMES = ("seconds", "first_token_seconds", "prefill_seconds", "peak_memory", "commit", "process")
+TIME_COLUMNS = ("seconds", "peak_memory_mb", "sparse_seconds", "seconds_per_answer_token")
+
+
+def results(out):
+    """The rows without times, by cell."""
+    return {Cell.of(row): {k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out)}
+
+
+def same_table(out, other):
+    """Asserts that summary.csv is the same but for times."""
+    tables = [pd.read_csv(directory / "summary.csv").drop(columns=list(TIME_COLUMNS)) for directory in (out, other)]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def run_two(home, *outs, setups=(None, None)):
+    """Two processes of a tiny sweep, into directories of these names."""
+    return ended(home, start_ranks(home, [sweep_arguments(home, home / out) for out in outs], setups))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def defaults_of_other_processes():
+    """The real default of ``dense_below`` in this process too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(config._DEFAULTS, "dense_below", config.DEFAULT_DENSE_BELOW)
+        yield
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    """A directory that a whole sweep filled."""
-    directory = tmp_path_factory.mktemp("sweep")
-    assert main(sweep_arguments(directory, directory / "out")) == 0
-    return directory / "out"
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("sweeps")
 
 
-@pytest.fixture
-def sweep(tmp_path):
-    """Runs ``nc-patch eval`` with further arguments into a directory of a name; returns its exit code."""
-    return lambda name, *further, **options: main(sweep_arguments(tmp_path, tmp_path / name, *further, **options))
+@pytest.fixture(scope="module")
+def alone(home):
+    """A sweep by one process that nobody disturbs."""
+    assert main(sweep_arguments(home, home / "alone")) == 0
+    return home / "alone"
 
 
-def test_a_sweep_holds_every_measurement_once_short_lengths_first(swept):
-    rows = read_rows(swept)
+def test_a_sweep_holds_every_measurement_once_short_lengths_first(alone):
+    rows = read_rows(alone)
     every = {
         (task, length, i, method)
         for task in TASKS
@@ -46,85 +81,64 @@ def test_a_sweep_holds_every_measurement_once_short_lengths_first(swept):
         if method == "dense" or not TASKS[task].dense_only
     }
     assert {(row["task"], row["length"], row["sample"], row["method"]) for row in rows} == every
-    assert len(rows) == len(every) == (swept / "results.jsonl").read_bytes().count(b"\n")
+    assert len(rows) == len(every) == (alone / "results.jsonl").read_bytes().count(b"\n")
     assert [row["length"] for row in rows] == sorted(row["length"] for row in rows)
     assert all(row["seconds"] > 0 and math.isfinite(row["loss_sum"]) for row in rows)
 
 
-def test_the_outputs_agree_with_the_rows_and_say_what_was_measured(swept):
-    record = read_run(swept)
+def test_the_outputs_agree_with_the_rows_and_say_what_was_measured(alone):
+    record = read_run(alone)
     expected = {"lengths": [48, 96], "torch": torch.__version__, "attention": "sdpa"}
     assert expected.items() <= record["identity"].items()
     assert record["sessions"][0]["hardware"] == record["hardware"]
-    table = pd.read_csv(swept / "summary.csv").set_index(["task", "length", "method"])
-    dense = [row for row in read_rows(swept) if (row["task"], row["length"], row["method"]) == ("recall", 96, "dense")]
+    table = pd.read_csv(alone / "summary.csv").set_index(["task", "length", "method"])
+    dense = [row for row in read_rows(alone) if (row["task"], row["length"], row["method"]) == ("recall", 96, "dense")]
     expected = math.exp(sum(row["loss_sum"] / row["tokens"] for row in dense) / 2)
     assert table["perplexity"]["recall", 96, "dense"] == pytest.approx(expected, rel=1e-4)
-    assert (swept / "main.png").read_bytes().startswith(b"\x89PNG")
+    assert (alone / "main.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_command_again_measures_nothing_and_another_text_or_other_arguments_are_refused_by_name(swept, capsys):
-    before, planned = (swept / "results.jsonl").read_bytes(), 4 * PER_SAMPLE
-    assert main(sweep_arguments(swept.parent, swept)) == 0
+def test_the_same_command_again_measures_nothing_and_another_text_or_other_arguments_are_refused_by_name(
+    home, alone, capsys
+):
+    before, text = (alone / "results.jsonl").read_bytes(), home / "text.txt"
+    # Recall and perplexity by every method, and by dense attention what it is without the passage.
+    planned = 4 * (2 * len(DEFAULT_METHODS) + 1)
+    assert main(sweep_arguments(home, alone)) == 0
     assert f"{planned} of {planned} measurements are there already" in capsys.readouterr().err
-    assert main(sweep_arguments(swept.parent, swept, "--seed", "3", "--alpha", "2.5")) == 2
+    assert main(sweep_arguments(home, alone, "--seed", "3", "--alpha", "2.5")) == 2
     message = capsys.readouterr().err
     assert "seed was 0, is 3" in message
     assert "alpha was 2.0, is 2.5" in message
     assert "samples" not in message
-    (swept.parent / "text.txt").write_text(tiny_text(2000, seed=9), encoding="utf-8")
-    assert main(sweep_arguments(swept.parent, swept)) == 2
+    content = text.read_text()
+    text.write_text(tiny_text(2000, seed=9), encoding="utf-8")
+    assert main(sweep_arguments(home, alone)) == 2
+    text.write_text(content)
     assert "text_sha256 was" in capsys.readouterr().err
-    assert (swept / "results.jsonl").read_bytes() == before
+    assert (alone / "results.jsonl").read_bytes() == before
 
 
-def test_a_model_without_sdpa_is_swept_and_its_attention_is_recorded(sweep, tmp_path, capsys):
-    save_tiny_model(tmp_path / "model", "gemma2")
-    (tmp_path / "text.txt").write_text(tiny_text(2000), encoding="utf-8")
-    further = ("--methods", "dense", "nc-topk", "--tasks", "perplexity", "--samples", "1", "--lengths", "48")
-    assert sweep("out", *further) == 0
-    assert "no SDPA attention" in capsys.readouterr().err
-    assert read_run(tmp_path / "out")["identity"]["attention"] == "eager"
-    assert {row["method"] for row in read_rows(tmp_path / "out")} == {"dense", "nc-topk"}
-
-
-def _interruptible():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-
-
-def test_ctrl_c_loses_nothing_and_the_command_goes_on(tmp_path):
-    few = ("--lengths", "400", "--samples", "8", "--methods", "dense", "nc-topk", "--tasks", "recall", "perplexity")
-    arguments = sweep_arguments(tmp_path, tmp_path / "out", *few, words=5000)
-    process = start(arguments, tmp_path / "said", _interruptible)
-    results = tmp_path / "out" / "results.jsonl"
-    wait_until(lambda: lines(results) >= 5 or not process.is_alive())
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    before = results.read_bytes()
-    assert before.endswith(b"\n")
-    assert 5 <= before.count(b"\n") < 32
-    assert process.exitcode == 130
-    assert (tmp_path / "said").read_text().count("To go on: nc-patch eval") == 1
-    assert main(arguments) == 0
-    assert results.read_bytes().startswith(before)
-    assert lines(results) == len(read_rows(tmp_path / "out")) == 32
-    assert len(read_run(tmp_path / "out")["sessions"]) == 2
-
-
-def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_asked(
-    sweep, tmp_path, capsys, monkeypatch
-):
-    further, out = ("--methods", "dense", "nc-topk", "block", "--tasks", "recall"), tmp_path / "out"
-    forward = measuring.forward
+def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_asked(home, capsys, monkeypatch):
+    out = home / "memory"
+    arguments = sweep_arguments(home, out, "--methods", "dense", "nc-topk", "block", "--tasks", "recall")
+    forward, held, freed = measuring.forward, [], []
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), None, RuntimeError("shapes do not fit")]
 
     def greedy(model, ids, keep, cache=None):
         patches = [m.__dict__[PATCH_ATTRIBUTE] for m in model.modules() if PATCH_ATTRIBUTE in m.__dict__]
         if len(ids) == 96 and any(patch.config.prefill.name == "block" for patch in patches):
+            large = torch.zeros(8)
+            held.append(weakref.ref(large))
+            if error := errors.pop(0):
+                raise error
             torch.empty(1 << 55)
         return forward(model, ids, keep, cache)
 
     monkeypatch.setattr(measuring, "forward", greedy)
-    assert sweep("out", *further) == 0
+    monkeypatch.setattr(peak, "clear_device_cache", lambda **_: freed.append(held[-1]() is None))
+    assert main(arguments) == 0
+    assert freed == [True, True]
     said = capsys.readouterr().err
     assert "recall with block at 96 tokens: memory ran out at 96 tokens" in said
     assert "It is recorded, and the run goes on" in said
@@ -135,24 +149,174 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_as
     assert len(rows) == 12
     assert "recall,96,block,0" in (out / "summary.csv").read_text()
     assert "out of memory" in (out / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(RuntimeError, match="shapes do not fit"):  # which no other length would mend
+        main([*arguments, "--retry-failed"])
     monkeypatch.undo()
-    assert sweep("out", *further) == 0
+    assert main(arguments) == 0
     assert "2 of them failed; --retry-failed measures them again" in capsys.readouterr().err
-    assert sweep("out", *further, "--retry-failed") == 0
+    assert main([*arguments, "--retry-failed"]) == 0
     assert not any("failed" in row for row in read_rows(out))
     before = (out / "results.jsonl").read_bytes()
-    assert sweep("out", *further, "--retry-failed") == 0
+    assert main([*arguments, "--retry-failed"]) == 0
     assert (out / "results.jsonl").read_bytes() == before
 
 
-def test_an_iso_sweep_tries_every_budget(sweep, tmp_path):
+def test_an_iso_sweep_tries_every_budget_also_of_a_model_without_sdpa(tmp_path, capsys):
+    save_tiny_model(tmp_path / "model", "gemma2")
+    (tmp_path / "text.txt").write_text(tiny_text(2000), encoding="utf-8")
     further = ("--methods", "fixed-topk", "--tasks", "recall", "unseen", "--match", "iso", "--iso-keys", "8", "64")
-    assert sweep("out", *further) == 0
-    rows = read_rows(tmp_path / "out")
+    assert main(sweep_arguments(tmp_path, tmp_path / "out", *further)) == 0
+    assert "no SDPA attention" in capsys.readouterr().err
+    rows, identity = read_rows(tmp_path / "out"), read_run(tmp_path / "out")["identity"]
     assert {(row["task"], row["length"], row["method"]) for row in rows} == {
         ("recall", 48, "dense"), ("recall", 48, "fixed-topk@8"), ("recall", 96, "dense"),
         ("recall", 96, "fixed-topk@8"), ("recall", 96, "fixed-topk@64"), ("unseen", 48, "dense"),
         ("unseen", 96, "dense"),
     }  # fmt: skip
     assert {row["tail_mean_keys"] for row in rows if row["method"] == "fixed-topk@8"} == {8.0}
-    assert read_run(tmp_path / "out")["identity"]["iso_keys"] == [8, 64]
+    assert (identity["iso_keys"], identity["attention"]) == ([8, 64], "eager")
+
+
+def _other_machine_with_a_stale_file():
+    from eval_tasks import sweep
+
+    hardware = sweep.hardware
+    sweep.hardware = lambda *what: hardware(*what) | {"processor": "another"}
+    sweep.read_rows = lambda directory: []
+
+
+def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_those_of_one(home, alone):
+    out, half = home / "two", (alone / "results.jsonl").read_text().splitlines(keepends=True)[::2]
+    out.mkdir()
+    (out / "results.jsonl").write_text("".join(half))
+    shutil.copy(alone / "run.json", out)
+    codes, said, other = run_two(home, "two", "two", setups=(None, _other_machine_with_a_stale_file))
+    assert codes == [0, 0], said + other
+    assert results(out) == results(alone)
+    same_table(out, alone)
+    rows = read_rows(out)
+    assert {row["process"] for row in rows[len(half) :]} == {0, 1}
+    assert lines(out / "results.jsonl") == len(rows)
+    assert ("Report:" in said, "Report:" in other) == (True, False)
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    session = record["sessions"][-1]
+    assert session["hardware"] == record["hardware"]
+    assert [machine["processor"] for machine in session["other_hardware"]] == ["another"]
+    assert "different hardware" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def _killed():
+    from eval_tasks import sweep
+
+    append_row = sweep.append_row
+
+    def fatal(directory, row):
+        append_row(directory, row)
+        if lines(directory / "results.jsonl") >= 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sweep.append_row = fatal
+
+
+def _no_disk():
+    from eval_tasks import sweep
+
+    def full(directory, row):
+        raise EvalError("the disk of this machine is full")
+
+    sweep.append_row = full
+
+
+def _other_version():
+    from eval_tasks import sweep
+
+    versions = sweep.versions
+    sweep.versions = lambda: versions() | {"torch": "1.0"}
+
+
+GONE = "another of the 2 processes ended or does not answer"
+
+
+@pytest.mark.parametrize(
+    ("outs", "setups", "codes", "messages"),
+    [
+        (("first", "first"), (_killed, None), [-signal.SIGKILL, 2], ("", "")),
+        (("second", "second"), (None, _killed), [2, -signal.SIGKILL], (GONE, "")),
+        (("full", "full"), (None, _no_disk), [2, 2], (GONE, "1: .*the disk of this machine is full")),
+        (("old", "old"), (None, _other_version), [2, 2], (GONE, '1: .*/old holds .*torch was .*, is "1.0"')),
+        (("here", "there"), (None, None), [2, 2], (GONE, "1: .*/there is not the directory that process 0 writes to")),
+    ],
+    ids=["first", "second", "disk", "versions", "directories"],
+)
+def test_where_a_process_ends_or_fails_it_says_so_the_other_stops_and_the_same_command_goes_on(
+    home, alone, outs, setups, codes, messages
+):
+    found, *said = run_two(home, *outs, setups=setups)
+    assert found == codes, said
+    assert all(re.search(message, each) for message, each in zip(messages, said, strict=True)), said
+    kept = read_rows(home / outs[0])
+    assert bool(kept) == (outs[0] in ("first", "second", "full"))  # else they would not measure the same
+    if -signal.SIGKILL in codes:
+        assert main(sweep_arguments(home, home / outs[0])) == 0
+        assert results(home / outs[0]) == results(alone)
+        assert all(row in read_rows(home / outs[0]) for row in kept)
+
+
+def _interruptible():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
+
+def test_killed_or_interrupted_twenty_times_at_random_nothing_is_lost_and_the_table_is_that_of_an_undisturbed_run(
+    home, alone
+):
+    draw, out, codes, kept = random.Random(7), home / "killed", [], b""
+    written = out / "results.jsonl"
+    while len(codes) < 20:
+        process = start(sweep_arguments(home, out), home / "said", _interruptible)
+        # Some are killed while the model loads, the rest after a few rows, wherever that is in the code.
+        further = max(0, draw.randint(-1, 4))
+        more = lines(written) + further
+        wait_until(lambda n=more, p=process: lines(written) >= n or not p.is_alive())
+        time.sleep(draw.uniform(0.0, 0.02 if further else 0.5))
+        os.kill(process.pid, signal.SIGINT if further % 2 else signal.SIGKILL)
+        process.join(60)
+        said, content = (home / "said").read_text(), written.read_bytes() if written.exists() else b""
+        assert process.exitcode in (0, 130, -signal.SIGKILL), said
+        assert process.exitcode != 130 or said.count("To go on: nc-patch eval") == 1
+        assert content.startswith(kept)
+        kept = content[: content.rfind(b"\n") + 1]
+        if process.exitcode:
+            codes.append(process.exitcode)
+        else:  # a machine so fast that it ended before it could be killed
+            assert results(out) == results(alone)
+            shutil.rmtree(out)
+            kept = b""
+    assert set(codes) == {130, -signal.SIGKILL}
+    assert main(sweep_arguments(home, out)) == 0
+    assert results(out) == results(alone)
+    same_table(out, alone)
+    assert written.read_bytes().startswith(kept)
+    assert lines(written) == len(read_rows(out))
+
+
+def test_a_device_map_changes_no_number(home, alone):
+    assert main(sweep_arguments(home, home / "mapped", "--device-map", "auto")) == 0
+    assert results(home / "mapped") == results(alone)
+
+
+def test_a_launcher_that_started_one_process_in_place_of_several_is_refused(home, monkeypatch, capsys):
+    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(sweep_arguments(home, home / "one")) == 2
+    assert "give it --multi_gpu in place of --cpu" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes_on_the_cpu(home, alone):
+    arguments = sweep_arguments(home, home / "accelerated", "--threads", "1")
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = ["-m", *launcher, "--main_process_port", str(get_free_port()), "-m", "nc_patch", *arguments]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {row["process"] for row in read_rows(home / "accelerated")} == {0, 1}
+    same_table(home / "accelerated", alone)

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -103,19 +103,13 @@ def test_perplexity_scores_the_same_tokens_under_contexts_that_grow_to_the_left(
     np.testing.assert_array_equal(long[-len(middle) :], middle)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_last_stretch_of_a_text_is_long_enough_wherever_the_passage_lies(task):
-    words = ["12"] * (LAYOUT.lead + LAYOUT.slack) + ["abcdefgh"] * (LAYOUT.stretch - LAYOUT.lead - LAYOUT.slack)
-    text = tokenise(tiny_tokenizer(), " ".join(words))
-    assert passage_start(text, 0, LAYOUT) == LAYOUT.lead + LAYOUT.slack
-    for length in LAYOUT.lengths:
-        assert len(TASKS[task].build(text, 0, length, LAYOUT).ids) == length + 1
-
-
-def test_the_passage_is_prose_where_the_stretch_begins_with_something_else():
-    text = tokenise(tiny_tokenizer(), " ".join(["12"] * 40 + ["abcdefgh"] * 24 + ["34"] * 100 + ["abcdefghij"] * 400))
-    layout = Layout(lengths=(128,), samples=1, scored=20, passage=24, seed=0)
-    assert passage_start(text, 0, layout) == passage_start(text, 30, layout) == 40
+@pytest.mark.parametrize("words_before", [LAYOUT.lead, 40, LAYOUT.lead + LAYOUT.slack])
+def test_the_passage_is_prose_wherever_it_lies_and_a_last_stretch_is_long_enough(words_before):
+    stretch = [*["12"] * words_before, *["abcdefgh"] * LAYOUT.passage, *["a4"] * LAYOUT.stretch][: LAYOUT.stretch]
+    text = tokenise(tiny_tokenizer(), " ".join(["abcdefghij"] * 30 + stretch))
+    assert passage_start(text, 30, LAYOUT) == 30 + words_before
+    for task, length in product(TASKS, LAYOUT.lengths):
+        assert len(TASKS[task].build(text, 30, length, LAYOUT).ids) == length + 1
 
 
 def test_bytes_count_utf8_and_not_characters():

@@ -16,9 +16,10 @@ from lm_eval.api.task import ConfigurableTask
 
 from eval_tasks.lm_eval.settings import Settings, read_settings
 from eval_tasks.models import tokenizer_fingerprint
+from eval_tasks.texts import Text
 
-# Documents, where they come from in words, and the hash of that text.
-Samples = tuple[Iterable[Mapping[str, Any]], str, str]
+Samples = tuple[Iterable[Mapping[str, Any]], Text]
+"""Documents, and the text that they are of."""
 
 
 class ByLengthTask(ConfigurableTask):
@@ -42,8 +43,8 @@ class ByLengthTask(ConfigurableTask):
         """Makes the documents, by ``--metadata`` and ``--model_args``, which lm-eval merges."""
         metadata = self.config.metadata or {}
         self.settings = read_settings(self.config.task, metadata, **self.numbers)
-        rows, origin, sha256 = self.make_samples()
-        described = {"lengths": list(self.settings.lengths), "text_origin": origin, "text_sha256": sha256}
+        rows, text = self.make_samples()
+        described = {"lengths": list(self.settings.lengths), "text_origin": text.origin, "text_sha256": text.sha256}
         shared = {**described, "tokenizer": tokenizer_fingerprint(self.settings.tokenizer)}
         self.dataset = {"test": Dataset.from_list([{**row, **shared} for row in rows])}
         # lm-eval writes the metadata beside the results; defaults and the text's hash belong there too.

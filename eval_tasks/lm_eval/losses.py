@@ -40,7 +40,7 @@ class PerplexityByLength(ByLengthTask):
     def make_samples(self) -> Samples:
         source = load_text(self.settings.text)
         rows = [self._row(self.cut(words)) for words in _stretches(source.content, self.settings)]
-        return rows, source.origin, source.sha256
+        return rows, source
 
     def cut(self, words: Sequence[str]) -> Pairs:
         """What is read and scored of a stretch: its last words, under contexts each of which is the end of the next."""
@@ -101,7 +101,7 @@ class RecallByLength(PerplexityByLength):
         prose, seed = load_prose(self.settings.text), self.settings.seed
         drawn = (random.Random(f"recall/{seed}/{index}/") for index in range(self.settings.samples))
         rows = [self._row(self._recalled(prose, draw.choice(prose.sentence_starts))) for draw in drawn]
-        return rows, prose.origin, prose.sha256
+        return rows, prose.text
 
     def _recalled(self, prose: Prose, start: int) -> Pairs:
         """The passage from the word ``start`` on, behind itself and filler of growing length."""

@@ -13,7 +13,7 @@ from sqlitedict import SqliteDict  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.options import OPTIONS, located, read_config, split_arguments
+from eval_tasks.lm_eval.settings import OPTIONS, located, read_config, split_arguments
 from eval_tasks.models import tokenizer_fingerprint
 from nc_patch import NCConfig, Profile, UnsupportedModelError, nc_stats, patch_model
 from nc_patch.calibration.fingerprint import weights_fingerprint

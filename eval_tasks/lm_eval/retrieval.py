@@ -34,10 +34,10 @@ class RetrievalByLength(ByLengthTask):
         super().__init__({**config, "generation_kwargs": generation})
 
     def make_samples(self) -> Samples:
-        seed, text, prose = self.settings.seed, self.settings.text, load_prose(self.settings.text)
+        seed, text = self.settings.seed, self.settings.text
         answers = (list(self._generator.answers(seed, i, text)) for i in range(self.settings.samples))
         rows = [{"sample": i, "answers": found, "seed": seed, "question": ""} for i, found in enumerate(answers)]
-        return rows, prose.origin, prose.sha256
+        return rows, load_prose(text).text
 
     def fewshot_context(self, doc: Mapping[str, Any], num_fewshot: int = 0, **options: Any) -> list[str]:
         """The prompts of a sample, one per context length; each with what the model is to generate fits its length."""

@@ -1,7 +1,10 @@
-"""What lm-eval's ``--metadata`` and ``--model_args`` say about a task: the tokenizer, the lengths, the numbers."""
+"""What lm-eval's ``--model_args`` say about a model, and with ``--metadata`` about a task: tokenizer, lengths, numbers.
+
+Settings are read before any model is loaded.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +12,18 @@ from lm_eval.models.utils import resolve_max_length
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.options import located
-from eval_tasks.models import hub_resolves
+from eval_tasks.models import ModelSource, find_model
 from eval_tasks.synthetic.fitting import Count, counter
 from eval_tasks.tasks import ascending
 from eval_tasks.texts import PYTHON_REFERENCE
-from nc_patch.calibration.profile import checked_count
+from nc_patch.calibration.profile import Profile, checked_count
+from nc_patch.config import NCConfig, option_owners
 
 # Where this package's tasks lie, for lm-eval's --include_path.
 TASKS_DIRECTORY = Path(__file__).resolve().parents[1]
+OPTIONS = (*(field.name for field in fields(NCConfig)), "selection", *option_owners())
+# HFLM has an argument of the same name as NCConfig.backend; their values differ, so the value says which is meant.
+_HFLM_BACKENDS = ("default", "causal", "seq2seq")
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,10 @@ def _tokenizer_of(model: Mapping[str, Any], task: str) -> PreTrainedTokenizerBas
     options = {"trust_remote_code": False, **_loading(model, "add_bos_token")}
     if model.get("tokenizer"):
         options.pop("gguf_file", None)
-    if not Path(name).is_dir() and not hub_resolves():
-        options["local_files_only"] = True  # else the hub's client retries for most of a minute
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        advice = "Give tokenizer=... in --metadata: a directory, or a name on the hub where that can be reached"
-        raise EvalError(f"the tokenizer {name} cannot be loaded: {reason} {advice}") from error
+        return ModelSource(name, name, options).load(AutoTokenizer)
+    except EvalError as error:
+        raise EvalError(f"no tokenizer: {error} Or give another's, as tokenizer=... in --metadata") from error
 
 
 def _max_length_of(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -104,3 +106,56 @@ def _lengths_of(given: Mapping[str, Any], limit: int | None) -> tuple[int, ...]:
 def _loading(model: Mapping[str, Any], *further: str) -> dict[str, Any]:
     names = ("revision", "trust_remote_code", "gguf_file", "subfolder", *further)
     return {name: model[name] for name in names if model.get(name) is not None}
+
+
+def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divides model arguments into the options of ``NCConfig`` and what is left for ``HFLM``."""
+    options, others = dict[str, Any](), dict[str, Any]()
+    for name, value in arguments.items():
+        is_option = name in OPTIONS and not (name == "backend" and value in _HFLM_BACKENDS)
+        (options if is_option else others)[name] = value
+    return {name: value for name, value in options.items() if value is not None}, others
+
+
+def located(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with ``pretrained`` resolved by ``find_model``, so that ``smollm2`` and ``.gguf`` files work."""
+    name = arguments.get("pretrained")
+    if not isinstance(name, str) or arguments.get("gguf_file") or arguments.get("subfolder"):
+        return dict(arguments)
+    source = find_model(name)
+    return {**source.options, **arguments, "pretrained": source.location}
+
+
+def read_config(
+    options: Mapping[str, Any],
+    nc_config: NCConfig | Mapping[str, Any] | str | None = None,
+    profile: Profile | None = None,
+) -> NCConfig:
+    """The ``NCConfig`` that model arguments describe; raises EvalError, which says what to give, where they do not.
+
+    ``options`` are by name, as ``--model_args`` gives them; ``dense_layers`` may be ``0+1+29``. In their place
+    ``nc_config`` is a JSON file that ``NCConfig.to_json`` wrote, a mapping, or an ``NCConfig``; in place of alpha and
+    C there may be a calibrated profile.
+    """
+    dense = options.get("dense_layers", ())
+    if isinstance(dense, int | str):
+        options = {**options, "dense_layers": [int(n) if n.isdecimal() else n for n in str(dense).split("+")]}
+    try:
+        if nc_config is not None:
+            if options or profile is not None:
+                raise EvalError(f"nc_config holds every setting: leave out {', '.join(options) or 'profile'}")
+            if isinstance(nc_config, NCConfig):
+                return nc_config
+            if isinstance(nc_config, Mapping):
+                return NCConfig.from_dict(nc_config)
+            return NCConfig.from_json(Path(nc_config).read_text(encoding="utf-8"))
+        if profile is not None:
+            return profile.config(**options)
+        if missing := [name for name in ("alpha", "C") if name not in options]:
+            raise EvalError(
+                f"{' and '.join(missing)} missing: give the factor and the exponent of the budget k(n) = alpha * n**C,"
+                " for example alpha=2,C=0.7 (C=0 is a fixed budget), or nc_config=FILE or profile=FILE"
+            )
+        return NCConfig(**options)
+    except (OSError, TypeError, ValueError) as error:
+        raise EvalError(str(error)) from error

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from eval_tasks.errors import EvalError
-from eval_tasks.texts import load_text
+from eval_tasks.texts import Text, load_text
 
 # The noise of Mohtashami & Jaggi (arXiv 2305.16300, section 4.3), which RULER repeats too.
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
@@ -21,15 +21,14 @@ _FEWEST_WORDS = 400
 
 @dataclass(frozen=True)
 class Prose:
-    """The paragraphs of a text that are prose, as one run of words; origin and digest are those of the whole text.
+    """The paragraphs of a text that are prose, as one run of words.
 
     ``sentence_starts`` are the indices of the first words of sentences, ascending from 0.
     """
 
     words: tuple[str, ...]
     sentence_starts: tuple[int, ...]
-    origin: str
-    sha256: str
+    text: Text
 
     def stretch(self, start: int, count: int) -> list[str]:
         """``count`` words from the word ``start`` on; behind the last word follows the first."""
@@ -56,7 +55,7 @@ def load_prose(name: str) -> Prose:
             f"the text {name!r} holds {len(words)} words of prose; a haystack needs {_FEWEST_WORDS}: paragraphs that a"
             " blank line divides, of twelve words or more, that end with a full stop and are mostly letters"
         )
-    return Prose(tuple(words), tuple(_sentence_starts(words)), text.origin, text.sha256)
+    return Prose(tuple(words), tuple(_sentence_starts(words)), text)
 
 
 def noise(count: int) -> list[str]:

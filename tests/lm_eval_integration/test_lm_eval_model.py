@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
 from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.model import NCHFLM
-from eval_tasks.lm_eval.options import located, read_config, split_arguments
+from eval_tasks.lm_eval.settings import located, read_config, split_arguments
 from eval_tasks.texts import python_reference
 from nc_patch import NCConfig, UnsupportedModelError
 from nc_patch.selections import Block, TopK
@@ -69,32 +69,21 @@ def test_a_dense_budget_gives_the_figures_of_hf_and_results_name_the_settings_an
 
 
 @pytest.mark.parametrize("selection", ["topk", "window", "block"])
-def test_scores_do_not_depend_on_the_batch(model_dir, selection, forwards):
-    words = python_reference()[0].split()
-    requests = [
-        Instance("loglikelihood", {}, (" ".join(words[i * 100 : i * 100 + n]), " " + " ".join(words[-8:])), 0)
-        for i, n in enumerate((3, 20, 21, 30, 35, 7))
-    ]
+def test_scores_and_generated_text_do_not_depend_on_the_batch(model_dir, selection, forwards):
+    words, options = python_reference()[0].split(), {"until": ["</s>"], "max_gen_toks": 12}
+    texts = [" ".join(words[i * 100 : i * 100 + n]) for i, n in enumerate((3, 20, 21, 30, 35, 7))]
+    scored = [Instance("loglikelihood", {}, (text, " " + " ".join(words[-8:])), 0) for text in texts]
+    asked = [Instance("generate_until", {}, (text, options), 0) for text in texts]
     model = small_model(model_dir, alpha=1.5, selection=selection, block_size=16)
-    alone = [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
+    alone, said = model.loglikelihood(scored, disable_tqdm=True), model.generate_until(asked, disable_tqdm=True)
     forwards.clear()
     model.batch_size_per_gpu = 4
-    assert [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)] == pytest.approx(alone, abs=1e-3)
+    scores = [score for score, _ in model.loglikelihood(scored, disable_tqdm=True)]
+    assert scores == pytest.approx([score for score, _ in alone], abs=1e-3)
     assert max(forwards) == (1 if selection == "block" else 4)
     assert model.batch_size == 4
-
-
-@pytest.mark.parametrize("selection", ["topk", "window"])
-def test_generated_text_does_not_depend_on_the_batch(model_dir, selection):
-    words = python_reference()[0].split()
-    options = {"until": ["</s>"], "max_gen_toks": 12}
-    prompts = [" ".join(words[i * 50 : i * 50 + n]) for i, n in enumerate((2, 14, 30))]
-    requests = [Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts]
-    model = small_model(model_dir, alpha=1.5, selection=selection)
-    alone = model.generate_until(requests, disable_tqdm=True)
-    model.batch_size_per_gpu = 3
-    assert model.generate_until(requests, disable_tqdm=True) == alone
-    assert all(alone)
+    assert all(said)
+    assert selection == "block" or model.generate_until(asked, disable_tqdm=True) == said
 
 
 def test_a_loaded_model_is_patched_too(model_dir):
@@ -115,18 +104,30 @@ def test_adapters_stay_when_the_model_is_patched(model_dir, tmp_path):
     assert one_score(small_model(model_dir, peft=str(tmp_path))) != pytest.approx(adapted, abs=1e-3)
 
 
+UNSAID = {"alpha": None, "C": None}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alpha": None}, "alpha missing"),
+        ({"alpha": None}, "alpha missing: .* or profile=FILE"),
+        ({"C": None}, "C missing"),
+        ({"dense_layers": "a+b"}, "dense_layers must be an integer"),
         ({"sink_key": 4}, "unexpected keyword argument 'sink_key'; nc_hf takes alpha, C, prefill"),
         ({"pretrained": "/absent/model"}, "no model at /absent/model"),
         ({"pretrained": None}, "pretrained is missing"),
+        ({"nc_config": "absent.json"}, "leave out alpha"),
+        ({"nc_config": "absent.json", **UNSAID}, "No such file"),
+        ({"nc_config": "broken.json", **UNSAID}, "a config is a JSON object"),
+        ({"nc_config": "x.json", "profile": made_up_profile(), **UNSAID}, "leave out profile"),
+        ({"profile": made_up_profile(), "C": None}, "a profile brings alpha of its own"),
     ],
 )
-def test_bad_arguments_are_refused_before_the_weights_are_read(model_dir, tmp_path, arguments, message):
+def test_bad_arguments_are_refused_before_the_weights_are_read(model_dir, tmp_path, monkeypatch, arguments, message):
     shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "broken.json").write_text("{")
     with pytest.raises(EvalError, match=message):
         small_model(**{"pretrained": tmp_path, **arguments})
 
@@ -211,26 +212,6 @@ def test_settings_come_from_a_file_or_a_profile(tmp_path):
     assert read_config({}, str(file)) == read_config({}, config.to_dict()) == read_config({}, config) == config
     options = {"tail": "drop", "selection": "topk", "dense_layers": (0, 1)}
     assert read_config(options, profile=profile) == profile.config(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "given", "message"),
-    [
-        ({"C": 0.5}, {}, "alpha missing: .* or profile=FILE"),
-        ({"alpha": 2}, {}, "C missing"),
-        ({"alpha": 2, "C": 0.5, "dense_layers": "a+b"}, {}, "dense_layers must be an integer"),
-        ({"alpha": 1}, {"nc_config": "absent.json"}, "leave out alpha"),
-        ({}, {"nc_config": "absent.json"}, "No such file"),
-        ({}, {"nc_config": "broken.json"}, "a config is a JSON object"),
-        ({}, {"nc_config": "x.json", "profile": made_up_profile()}, "leave out profile"),
-        ({"alpha": 2}, {"profile": made_up_profile()}, "a profile brings alpha of its own"),
-    ],
-)
-def test_a_bad_argument_is_refused_by_name(options, given, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(EvalError, match=message):
-        read_config(options, **given)
 
 
 def test_backend_means_the_kernels_or_lm_evals_kind_of_model():
