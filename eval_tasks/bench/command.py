@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from eval_tasks.arguments import positive, spaced
+from eval_tasks.arguments import add_out, positive, spaced
 from eval_tasks.bench import report
 from eval_tasks.bench.inputs import GEOMETRIES
 from eval_tasks.bench.measure import FAILED, WRONG, Row, measure_all
@@ -145,7 +145,7 @@ def _add_options(of_phase: argparse.ArgumentParser, phase: str) -> None:
         )
 
     add = of_phase.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help=f"where {phase}.json and {phase}.png go")
+    add_out(of_phase, f"where {phase}.json and {phase}.png go")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="by default the GPU where there is one")
     add("--lengths", type=positive, nargs="+", metavar="N", help=f"keys, or tokens of a prompt; {both('lengths')}")
     add("--batch", type=positive, nargs="+", default=[1], metavar="B", help="by default 1")
