@@ -162,12 +162,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Runs a test as on a GPU. One that passes with findings fails; one that fails shows them beside its error.
-
-    A test that takes the fixture ``gpu`` has semantics of its own.
-    """
-    if "gpu" in getattr(item, "fixturenames", ()):
-        return (yield)
+    """Runs a test as on a GPU. One that passes with findings fails; one that fails shows them beside its error."""
     semantics = item.config.stash[STATE]
     try:
         with semantics.active():
