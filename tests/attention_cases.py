@@ -1,17 +1,20 @@
 """Attention problems of every shape, made from a seed or described, and what every way of attending is held to."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from operations import assert_close, hull_of, problem_of_case, selection_of
+from operations import assert_close, device_of, hull_of, problem_of_case, selection_of
 
 from nc_patch import KeyIndex
+from nc_patch.budget import budget_of
 from nc_patch.functional import by_index
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals, visible_mask
 from nc_patch.ops.reference import final_scores, raw_scores
 from nc_patch.selections import Selection
+from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -39,7 +42,11 @@ BLOCK_OPTIONS = ("block_size", "query_block_size", "sample_stride", "local_keys"
 
 @dataclass
 class Case:
-    """Inputs of an operation, and the settings that go with them."""
+    """Inputs of an operation, and the settings that go with them.
+
+    ``law`` are the arguments of ``sparse_attention`` from which the budget follows, where it does; ``exact``: float32
+    holds every score, so that ties are ties in every arithmetic.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -58,16 +65,22 @@ class Case:
     local_keys: int = 0
     min_mass: float | None = None
     max_factor: float = 4.0
+    law: dict[str, Any] = field(default_factory=dict)
+    exact: bool = False
 
     @property
     def rows(self) -> torch.Tensor:
         """How many keys each query sees, int32 ``[B, 1, Lq]``."""
         return (self.visible[..., 1] - self.visible[..., 0])[:, None]
 
-    def selection(self, way: str, **options: Any) -> Selection:
-        """The selection of a way, with the case's options or others."""
-        given = {name: getattr(self, name) for name in ("sink_keys", "recent_keys", *BLOCK_OPTIONS)}
-        return selection_of(WAYS[way].selection, tail=WAYS[way].tail == "mean", **given | options)
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of its selections."""
+        return {name: getattr(self, name) for name in ("sink_keys", "recent_keys", *BLOCK_OPTIONS)}
+
+    def selection(self, way: str) -> Selection:
+        """The selection of a way, with the case's options."""
+        return selection_of(WAYS[way].selection, tail=WAYS[way].tail == "mean", **self.options)
 
     def reference(self, way: str) -> AttentionResult:
         """What the float64 definition makes of the case."""
@@ -90,10 +103,10 @@ class Case:
             visible = hull_of(visible)
         return ~visible_mask(visible, self.key.shape[2]).any(2)[:, 0, None, :, None]
 
-    def problem(self, way: str, backend: str = "torch", device: str = "cpu", new: int = 0, **more: Any) -> Problem:
+    def problem(self, way: str, backend: str = "torch", new: int = 0, **more: Any) -> Problem:
         """The problem of a way, with NaN where nothing may be read; its index has yet to take in ``new`` keys."""
-        problem = problem_of_case(self, device, **more)
-        unread = self.unread(way, backend).to(device)
+        problem = problem_of_case(self, device_of(backend), **more)
+        unread = self.unread(way, backend).to(problem.key.device)
         nan = {name: getattr(problem, name).masked_fill(unread, torch.nan) for name in ("key", "value")}
         problem, kind = problem._replace(**nan), WAYS[way].index
         if kind is None:
@@ -109,10 +122,15 @@ class Case:
                 part[b, :, last - new :] = 0
         return by_index(problem, index, max(int(self.budget.max()), 1) if self.budget.numel() else 1)._replace(new=new)
 
+    def run(self, way: str, backend: str, **more: Any) -> AttentionResult:
+        """What a backend makes of the case, on the CPU; ``more`` as for ``problem``."""
+        result = self.selection(way).run(self.problem(way, backend, **more), backend)
+        return AttentionResult(*(t if t is None else t.cpu() for t in result))
+
 
 def check(
-    way: str, case: Case, backend: str = "torch", device: str = "cpu", expected: AttentionResult | None = None,
-    new: int = 0, tolerance: float | None = None, stats: bool = True, bounds: bool = False,
+    way: str, case: Case, backend: str = "torch", expected: AttentionResult | None = None, new: int = 0,
+    tolerance: float | None = None, stats: bool = True, bounds: bool = False,
 ) -> AttentionResult:  # fmt: skip
     """Fails unless a backend gives the reference's numbers; returns what it gives, on the CPU.
 
@@ -120,8 +138,7 @@ def check(
     bounds of it, with ``bounds``).
     """
     expected = case.reference(way) if expected is None else expected
-    problem = case.problem(way, backend, device, new, stats=stats, bounds=bounds)
-    result = AttentionResult(*(t if t is None else t.cpu() for t in case.selection(way).run(problem, backend)))
+    result = case.run(way, backend, new=new, stats=stats, bounds=bounds)
     dtype = case.query.dtype
     assert result.output.dtype == dtype
     assert_close(result.output, expected.output, TOLERANCE[dtype] if tolerance is None else tolerance)
@@ -158,56 +175,125 @@ def assert_contains(bounds: torch.Tensor, kept_mass: torch.Tensor) -> None:
     assert (bounds[..., 1].double() >= kept_mass)[known].all()
 
 
-def random_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float32, decode: bool = False) -> Case:
-    """A case in which everything may vary: lengths, heads, intervals, budgets, ties, soft-cap, sinks, block options.
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+LAYOUTS = ("contiguous", "transposed", "rows apart", "expanded 0", "expanded 1", "expanded 2")
+# What the Triton kernels refuse by name: columns that do not lie side by side.
+COLUMN_LAYOUTS = ("columns apart", "columns first", "expanded 3")
 
-    Every interval lies within its sequence. In some cases rows that see few keys have a budget of all of them. With
-    ``decode`` a sequence has at most five queries, and is the only one of its row of the batch.
+
+def random_case(
+    seed: object, longest: int = 150, dtype: torch.dtype | None = torch.float32, decode: bool = False, *,
+    queries: int = 1000, odd: bool = False, broken: bool = False, layouts: tuple[str, ...] = LAYOUTS[:1],
+) -> Case:  # fmt: skip
+    """A case in which everything may vary: lengths, heads, intervals, laws, ties, soft-cap, sinks, block options.
+
+    Every interval lies within its sequence.
+
+    Args:
+        longest, queries: at most so many keys and queries. dtype: any where it is None.
+        decode: each sequence has few queries, and is the only one of its row of the batch.
+        odd: sizes of none, large head dimensions and scores, and settings without measure are drawn too.
+        broken: with NaN and infinities in places. layouts: how tensors may lie in memory.
     """
-    g = torch.Generator().manual_seed(seed)
-    pick = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=g))  # noqa: E731
-    B, Hkv, group, D, Dv = pick(1, 3), pick(1, 3), pick(1, 5), pick(1, 20), pick(1, 20)
-    Lk = pick(1, longest)
-    Lq = pick(1, min(Lk, 5) if decode else Lk)
-    Hq = Hkv * group
-    query, key, value = (
-        torch.randn(B, heads, length, width, generator=g)
-        for heads, length, width in ((Hq, Lq, D), (Hkv, Lk, D), (Hkv, Lk, Dv))
-    )
-    if pick(0, 2) == 0:  # scores on a grid: many ties, and none of them by rounding
-        query, key = query.round(), key.round()
-    query, key, value = (t.to(dtype) for t in (query, key, value))
-
-    visible = causal_intervals(B, Lq, Lk, "cpu").clone()
-    origin = torch.zeros(B, Lq, dtype=torch.int32)
-    kind = pick(0, 3 if decode else 4)
-    if kind == 1:  # left padding
-        origin += torch.randint(0, Lk + 1, (B, 1), generator=g, dtype=torch.int32)
-        visible[..., 0] = torch.minimum(origin, visible[..., 1])
-    elif kind == 2:  # sliding window
-        visible[..., 0] = (visible[..., 1] - pick(1, 60)).clamp(min=0)
-    elif kind == 3:  # any interval, empty ones too
-        visible = torch.randint(0, Lk + 1, (B, Lq, 2), generator=g).sort(-1).values.to(torch.int32)
-        origin += visible[..., 0].amin(1, keepdim=True)
-    elif kind == 4:  # packed sequences
-        borders = torch.randint(0, Lk, (4,), generator=g, dtype=torch.int32).sort().values
-        borders[0] = 0
-        origin = borders[torch.searchsorted(borders, visible[..., 1].contiguous() - 1, right=True) - 1]
-        visible[..., 0] = origin
-    n = (visible[..., 1] - visible[..., 0])[:, None]
-    share = torch.rand(B, Hq if pick(0, 3) == 0 else 1, Lq, generator=g)
-    budget = (share * share * (n + 1)).floor().clamp(min=1).minimum(n).to(torch.int32)
-    if pick(0, 2) == 0:
-        budget = torch.where(n <= pick(1, longest), n, budget)
-    sinks = torch.randn(Hq, generator=g) if pick(0, 2) == 0 else None
-    scale, softcap = (0.125, 0.3)[pick(0, 1)], (0.0, 3.0)[pick(0, 1)]
+    rng = random.Random(str(seed))
+    g = torch.Generator().manual_seed(rng.randrange(2**31))
+    pick = lambda plain, *other: rng.choice((*plain, *other) if odd else plain)  # noqa: E731
+    dtype = dtype or rng.choice((torch.float32, torch.bfloat16, torch.float16))
+    B = pick((1, 1, 2) if broken else (1, 1, 1, 2, 2, 3), *(0,) * (not broken))
+    Hkv, group = rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 3, 4, 5, 7, 8))
+    Hq, D = Hkv * group, pick([rng.randint(1, 40) for _ in range(14)], *HEAD_DIMS)
+    Dv = rng.choice((D, D, rng.randint(1, 24)))
+    Lk = min(longest, pick((1, 2, 15, 16, 17, 63, 64, 65, *(rng.randint(1, longest) for _ in range(20))), 0))
+    kinds = ("causal", "causal", "padded", "sliding", "any", "any", "empty", "full")
+    kind = rng.choice(kinds if decode else (*kinds, "packed"))
+    Lq = pick((1, Lk, *(rng.randint(1, max(1, Lk)) for _ in range(2))), *(0,) * (not decode))
+    if kind in ("any", "empty", "full"):
+        Lq = rng.choice((Lq, rng.randint(1, 40)))
+    Lq = min(max(Lq, 1), 32 if odd else 5, queries) if decode else min(Lq, queries)
+    exact = rng.random() < 0.5
+    tensors = []
+    for heads, length, width in ((Hq, Lq, D), (Hkv, Lk, D), (Hkv, Lk, Dv)):
+        values = torch.randn((B, heads, length, width), generator=g)
+        tensor = ((2 * values).round().clamp(-7, 7) / 2 if exact else values).to(dtype)
+        for _ in range(rng.randint(0, 3) if broken and tensor.numel() else 0):
+            tensor[tuple(rng.randrange(size) for size in tensor.shape)] = rng.choice((torch.nan, torch.inf, -torch.inf))
+        layout = rng.choice(layouts)
+        # Equal keys tie, and with free values rounding would decide which of them come first.
+        tensors.append(tensor if layout == "expanded 2" and not exact else laid_out(tensor, layout))
+    visible, origin = random_intervals(rng, g, kind, (B, Lq, Lk), decode)
+    factor = lambda: pick((1.0, 2.0, 4.0, rng.uniform(0.1, 9.0)), 0.1, 1e-30, 1e30)  # noqa: E731
+    exponent = lambda: pick((0.0, 0.5, rng.random()), 1.0)  # noqa: E731
+    laws = Hq if rng.random() < 0.3 else 1
+    alphas, exponents = [factor() for _ in range(laws)], [exponent() for _ in range(laws)]
+    limits = {"min_keys": pick((1, 1, 1, rng.randint(1, 40)), 10**9)}
+    limits["dense_below"] = pick((0, 0, 0, rng.randint(0, 260)), 10**6)
+    seen = (visible[..., 1] - visible[..., 0]).tolist()
+    budget = [
+        [[budget_of(n, *law, **limits) for n in rows] for law in zip(alphas, exponents, strict=True)] for rows in seen
+    ]
+    sinks = torch.randn(2 * Hq, generator=g)[::2].to(rng.choice((torch.float32, dtype)))
+    # Among broken values scores stay so small that no weight vanishes in float32.
+    scale = rng.choice((D**-0.5, 0.02)) if broken else pick((D**-0.5, D**-0.5, 0.125), 0.3, 1.0)
     return Case(
-        *(query, key, value, visible, origin, budget, sinks, scale, softcap, pick(0, 5), pick(0, 5)),
-        block_size=(16, 32)[pick(0, 1)],
-        query_block_size=(32, 64, 64, 128)[pick(0, 3)],
-        sample_stride=(None, None, 1, 4, 16, 64)[pick(0, 5)],
-        local_keys=(0, 16, 64, 100)[pick(0, 3)],
-    )
+        *tensors, visible, origin, torch.tensor(budget, dtype=torch.int32).view(B, laws, Lq),
+        sinks if rng.random() < 0.3 else None, scale, 0.0 if broken else pick((0.0, 0.0, 3.0), 50.0),
+        pick((4, 0, rng.randint(0, 5)), rng.randint(0, 20), 10**6), pick((1, 0, rng.randint(0, 5)), 10**6),
+        block_size=pick((16, 32), *BLOCK_SIZES),
+        query_block_size=rng.choice(QUERY_BLOCK_SIZES),
+        sample_stride=rng.choice((None, None, *SAMPLE_STRIDES)),
+        local_keys=pick((0, 0, 64, rng.randint(0, 260)), 10**6),
+        min_mass=pick((None,), None, 0.5, 0.9),
+        max_factor=pick((4.0,), 1.0, 1e300),
+        law={"alpha": alphas if laws > 1 else alphas[0], "C": exponents if laws > 1 else exponents[0], **limits},
+        exact=exact,
+    )  # fmt: skip
+
+
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values, or for an expanded layout some of them repeated, as a view of another layout.
+
+    What lies around the view in memory is NaN, so that reading beyond it shows.
+    """
+    B, H, L, D = tensor.shape
+    if layout in ("transposed", "columns first"):
+        axes = (1, 2) if layout == "transposed" else (2, 3)
+        return tensor.transpose(*axes).contiguous().transpose(*axes)
+    if layout == "contiguous" or not tensor.numel():
+        return tensor
+    if layout.startswith("expanded"):
+        return tensor.narrow(int(layout[-1]), 0, 1).expand(tensor.shape)
+    columns, rows = 2 if layout == "columns apart" else 1, 3 if layout == "rows apart" else 1
+    around = torch.full((B + 1, H + 1, rows * L + 2, columns * D + 3), torch.nan, dtype=tensor.dtype)
+    view = around[1:, 1:, 1 : 1 + rows * L : rows, 2 : 2 + columns * D : columns]
+    view.copy_(tensor)
+    return view
+
+
+def random_intervals(
+    rng: random.Random, g: torch.Generator, kind: str, sizes: tuple[int, int, int], one_origin: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Visible intervals and origins such that every interval lies within its own sequence; ``sizes``: B, Lq and Lk."""
+    B, Lq, Lk = sizes
+    visible = causal_intervals(*sizes, "cpu").clamp(max=Lk)
+    end, origin = visible[..., 1], torch.zeros(B, Lq, dtype=torch.int32)
+    if kind == "padded":
+        origin = torch.randint(0, Lk + 1, (B, 1), generator=g, dtype=torch.int32).expand(B, Lq)
+        visible[..., 0] = torch.minimum(origin, end)
+    elif kind == "sliding":
+        visible[..., 0] = (end - rng.randint(1, 60)).clamp(min=0)
+        origin -= 0 if one_origin else rng.choice((0, 0, rng.randint(0, 70)))
+    elif kind == "packed":
+        first, second = sorted(rng.randrange(max(Lk, 1)) for _ in range(2))
+        origin = torch.where(end > second, second, torch.where(end > first, first, 0)).to(torch.int32)
+        visible[..., 0] = torch.minimum(origin, end)
+    elif kind == "empty":
+        visible = torch.randint(0, Lk + 1, (B, Lq, 1), generator=g, dtype=torch.int32).expand(B, Lq, 2)
+    elif kind == "full":
+        visible[...] = torch.tensor([0, Lk])
+    elif kind == "any":
+        visible = torch.randint(0, Lk + 1, (B, Lq, 2), generator=g).sort(-1).values.to(torch.int32)
+        origin += visible[..., 0].amin(1, keepdim=True) if one_origin else -rng.choice((0, rng.randint(0, 40)))
+    return visible.contiguous(), origin.contiguous()
 
 
 def every(step: int, key: torch.Tensor) -> torch.Tensor:

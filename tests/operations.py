@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from nc_patch.ops import backends
@@ -12,6 +13,15 @@ from nc_patch.selections.base import selection_class
 
 # Whether kernels run in Triton's interpreter, which is settled when they are imported.
 INTERPRETED = bool(backends._triton_interprets())
+# The backends that run here without a GPU, and a mark that runs a test on each, and on a GPU where there is one.
+INSTALLED = ("triton",) if INTERPRETED else ("torch", "cpu") if backends.has_numba() else ("torch",)
+BACKENDS = [*INSTALLED, *(() if INTERPRETED else (pytest.param("triton", marks=pytest.mark.gpu),))]
+EACH = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def device_of(backend: str) -> str:
+    """Where a backend runs."""
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
