@@ -99,7 +99,10 @@ class Case:
         visible = self.visible
         if WAYS[way].tail == "mean" or WAYS[way].index == "pages":
             visible = torch.stack((self.origin.amin(1), visible[..., 1].amax(1)), -1)[:, None]
-        elif (way, backend) == ("block", "cpu"):  # which read what lies between the keys of a block's queries
+        elif (way, backend) == (
+            "block",
+            "cpu",
+        ) and visible.numel():  # which read what lies between the keys of a block's queries
             visible = hull_of(visible)
         return ~visible_mask(visible, self.key.shape[2]).any(2)[:, 0, None, :, None]
 
@@ -114,12 +117,12 @@ class Case:
         end = problem.visible[..., 1].amax(1)
         start = problem.origin[:, -1] if kind == "pages" else problem.visible[:, -1, 0]
         index = KeyIndex.build(
-            problem.key, kind, start=start, end=end - new, block_size=self.block_size, backend=backend,
-            capacity=self.key.shape[2] + 64,
+            problem.key, kind, start=start, end=end if kind == "codes" else end - new, block_size=self.block_size,
+            backend=backend, capacity=self.key.shape[2] + 64,
         )  # fmt: skip
         for b, last in enumerate(end.tolist()):
-            for part in index.tensors()[:3] if kind == "codes" else ():  # the new keys have no codes yet
-                part[b, :, last - new :] = 0
+            for part in index.tensors()[:3] if kind == "codes" else ():  # those of the new keys may be anything yet
+                part[b, :, last - new :] = 77
         return by_index(problem, index, max(int(self.budget.max()), 1) if self.budget.numel() else 1)._replace(new=new)
 
     def run(self, way: str, backend: str, **more: Any) -> AttentionResult:
@@ -312,6 +315,16 @@ HARD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "heavy tails": lambda key: key.pow(5).round(),
     "clustered": lambda key: key * 0.125 + key[:, :, :1].round() * (torch.arange(key.shape[2]) % 3)[:, None],
 }
+# Keys along one axis, where no order of summation changes which score is larger.
+SPOILED = {name: HARD[name] for name in ("all equal", "one outlier a page", "huge norms", "denormals")} | {
+    "signed zeros": lambda key: torch.where(every(2, key), -0.0, key * 0),
+    "far apart": lambda key: key * torch.logspace(-30, 16, key.shape[2])[:, None],
+    "infinite": lambda key: key.index_fill(2, torch.tensor([11, 30]), torch.inf).index_fill(
+        2, torch.tensor(12), -torch.inf
+    ),
+    "nan": lambda key: key.index_fill(2, torch.tensor([11, 40]), torch.nan),
+    "pages alike": lambda key: (torch.arange(key.shape[2]) // 16 % 3)[:, None] * 0.25 + key * 0,
+}
 KINDS = [*HARD.values()]
 # Page weights of the others lie further apart than float32 can hold, or logits closer than its rounding.
 PAGE_KINDS = [HARD[name] for name in ("all equal", "huge norms", "denormals", "heavy tails", "clustered")]
@@ -340,10 +353,13 @@ class Shape:
     Attributes:
         intervals: ``"causal"``, ``"padding"`` on the left, ``"packed"`` sequences, a ``"sliding"`` window, the keys of
             a ``"cache"`` that has dropped the first of its sequences, the beginning of a ``"static"`` cache, ``"both"``
-            directions, ``"ragged"`` rows of which some are empty, or ``"empty"`` ones.
+            directions, ``"ragged"`` rows of which some are empty, ``"empty"`` ones, some in padded sequences
+            (``"holes"``), rows ``"apart"``, with keys between them that none sees, or where causal sequences end.
         budget: of a row with n keys: so many, ``"law"``, ``"full"``, ``"any"`` number, or any number ``"per_head"``.
         dense_below: rows that see no more keys attend all of them.
-        unequal: how unlike in size keys are, so that blocks differ in mass.
+        sinks: drawn, or all of one number. unequal: how unlike in size keys are, so that blocks differ in mass.
+        tied: scores lie on a small grid and most tie, and the values of different keys are orthogonal. spoiled: which
+            of ``SPOILED`` the keys are.
         transposed: whether tensors lie in memory by position before head, as projections leave them.
         blocks: the options of ``block``.
     """
@@ -358,14 +374,16 @@ class Shape:
     keys: int = 53
     head_dim: int = 64
     value_dim: int | None = None
-    intervals: str = "causal"
+    intervals: str | tuple[int, ...] = "causal"
     budget: int | str = "law"
     dense_below: int = 0
     softcap: float = 0.0
-    sinks: bool = False
+    sinks: bool | float = False
     sink_keys: int = 4
     recent_keys: int = 1
     unequal: float = 3.0
+    tied: bool = False
+    spoiled: str | None = None
     transposed: bool = False
     blocks: dict[str, Any] = field(default_factory=dict)
 
@@ -382,7 +400,15 @@ class Shape:
             )
         )
         key = key * (1 + self.unequal * torch.rand(self.batch, self.kv_heads, self.keys, 1, generator=g) ** 4)
-        tensors = [t.to(self.dtype) for t in (query, key, value)]
+        if self.tied:
+            for tensor in (query, key):
+                tensor.zero_()[..., :3] = torch.randint(-1, 2, (*tensor.shape[:3], 3), generator=g)
+            value = torch.eye(self.keys).expand(*key.shape[:2], -1, -1)
+        if self.spoiled is not None:
+            query.zero_()[..., 0] = 1.5
+            key = SPOILED[self.spoiled](key)
+            key[..., 1:] = 0.0
+        tensors = [t.to(self.dtype).contiguous() for t in (query, key, value)]
         if self.transposed:
             tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
         visible, origin = self.intervals_of(g)
@@ -395,15 +421,18 @@ class Shape:
             share = torch.rand(self.batch, heads if self.budget == "per_head" else 1, self.queries, generator=g)
             budget = (share * (n + 1)).int().clamp(min=1).minimum(n)
         budget = torch.where(n <= self.dense_below, n, budget).contiguous()
-        sinks, keys = normal(heads) if self.sinks else None, (self.sink_keys, self.recent_keys)
-        return Case(*tensors, visible, origin, budget, sinks, self.head_dim**-0.5, self.softcap, *keys, **self.blocks)
+        sinks = normal(heads) if self.sinks is True else torch.full((heads,), self.sinks) if self.sinks else None
+        forced = self.sink_keys, self.recent_keys
+        return Case(*tensors, visible, origin, budget, sinks, self.head_dim**-0.5, self.softcap, *forced, **self.blocks)
 
     def intervals_of(self, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """``visible`` and ``origin``."""
         kind, keys = self.intervals, self.keys
         visible = causal_intervals(self.batch, self.queries, keys, "cpu").clone()
         origin = torch.zeros_like(visible[..., 0])
-        if kind == "padding":
+        if isinstance(kind, tuple):
+            visible[..., 1] += torch.tensor(kind, dtype=torch.int32)[:, None] - keys
+        elif kind in ("padding", "holes"):
             origin += 13 * torch.arange(self.batch, dtype=torch.int32)[:, None]
         elif kind == "packed":
             for border in (keys // 8, keys // 4, keys * 3 // 4):
@@ -416,6 +445,9 @@ class Shape:
             visible[...] = torch.tensor([5, keys - 2])
         elif kind == "empty":
             visible[..., 1] = 0
+        elif kind == "apart":
+            for first, interval in ((0, (2, 9)), (7, (40, 40)), (9, (12, 26)), (14, (26, 33))):
+                visible[:, first:] = torch.tensor(interval)
         elif kind == "ragged":
             visible = torch.randint(0, keys + 1, visible.shape, generator=g).sort(-1).values.to(torch.int32)
             visible[:, ::5] = 3
@@ -424,6 +456,8 @@ class Shape:
             visible[..., 0] = visible[..., 1] - keys * (2 if kind == "sliding" else 4) // 5
         visible[..., 0] = torch.maximum(visible[..., 0], origin.clamp(min=0))
         visible[..., 1] = torch.maximum(visible[..., 1], visible[..., 0])
+        if kind == "holes":
+            visible[1, 0], visible[0, 1] = 25, 0
         return visible, origin
 
 
@@ -447,6 +481,18 @@ SHAPES = [
     Shape("full-budget", ALL, queries=17, keys=33, budget="full", sinks=True),
     Shape("forced-keys-fill-the-budget", ROWS, sink_keys=30, recent_keys=40, budget="any"),
     Shape("empty", (*ALL, "codes", "pages"), queries=3, intervals="empty", sinks=True),
+    Shape("no-query", ("drop", "block"), queries=0, sinks=True),
+    Shape("sinks-beyond-all-scores", tuple(WAYS), queries=5, sinks=120.0),
+    Shape("apart", ROWS, group=1, intervals="apart"),
+    *(
+        Shape(f"ties-{name}", ("topk", "drop"), dtype, 1, 2, 1, 30, budget="any", sink_keys=2, recent_keys=2, tied=True)
+        for name, dtype in (("fp32", torch.float32), ("bf16", BF16))
+    ),
+    *(
+        Shape(f"keys-{kind}".replace(" ", "-"), ("drop",), group=1, unequal=0.0, spoiled=kind, **more)
+        for kind in SPOILED
+        for more in ({}, {"softcap": 3.0, "sink_keys": 0, "recent_keys": 0})[: 1 + (kind in ("infinite", "nan"))]
+    ),
     # Blocks: of other sizes, chosen by other rows, with rows that attend all.
     *(
         Shape(name, ("block",), **{"queries": 150, "keys": 150, "head_dim": 32, "budget": 40, "blocks": blocks} | more)
@@ -474,6 +520,9 @@ SHAPES = [
                 {"min_mass": 0.97, "max_factor": 8.0},
                 {"keys": 300, "intervals": "sliding", "budget": 16},
             ),
+            ("equal-blocks", {}, {"group": 1, "queries": 20, "keys": 260, "budget": 80, "spoiled": "all equal"}),
+            ("nan-block", {}, {"group": 1, "intervals": "packed", "budget": "full", "spoiled": "nan"}),
+            ("infinite-block", {}, {"group": 1, "intervals": "packed", "budget": "full", "spoiled": "infinite"}),
         )
     ),
     # Decoding: few queries, of sequences with one origin each.
@@ -493,6 +542,11 @@ SHAPES = [
             ("decode-d192", "codes, pages", {"head_dim": 192, "value_dim": 40, "group": 1}),
             ("decode-bf16-d256", "codes", {"dtype": BF16, "head_dim": 256, "softcap": 5.0, "keys": 70}),
             ("decode-ragged", "codes", {"batch": 2, "queries": 5, "intervals": "ragged", "budget": "any"}),
+            (
+                "decode-holes",
+                "codes, pages",
+                {"batch": 2, "queries": 3, "keys": 60, "intervals": "holes", "sinks": True},
+            ),
             ("decode-sliding", "codes, codes with means, pages", {"queries": 5, "intervals": "sliding"}),
             ("decode-cache", "pages", {"queries": 2, "intervals": "cache"}),
             ("decode-static", "codes, pages", {"intervals": "static", "batch": 2}),
@@ -500,6 +554,13 @@ SHAPES = [
             ("decode-forced-keys", "codes", {"sink_keys": 40, "recent_keys": 50, "budget": "any", "queries": 3}),
             ("budget-of-one", "codes, pages", {"budget": 1}),
             ("wide-group", "pages", {"group": 19, "budget": 40}),
+            ("decode-ties", "codes", {"queries": 6, "group": 2, "kv_heads": 2, "budget": "per_head", "tied": True}),
+            ("pages-alike", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "pages alike"}),
+            ("equal-pages", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "all equal"}),
+            *(
+                (f"decode-{kind}", "codes", {"group": 1, "queries": 3, "unequal": 0.0, "spoiled": kind})
+                for kind in [*SPOILED][:-1]
+            ),
             ("p32", "pages", {"keys": 331, "blocks": {"block_size": 32}, "budget": 90}),
             ("p64-transposed", "pages", {"keys": 350, "blocks": {"block_size": 64}, "budget": 130, "transposed": True}),
         )

@@ -4,11 +4,15 @@ import logging
 
 import pytest
 import torch
+from attention_cases import random_case
+from operations import INSTALLED, assert_close, problem_of, problem_of_case
 
-from nc_patch import sparse_attention
+from nc_patch import library, sparse_attention
 from nc_patch.common import say_once
 from nc_patch.ops import backends
+from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.backends import choose_backend, triton_problem
+from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections import Block, Dense, TopK, Window
 
 CUDA = torch.device("cuda", 0)
@@ -108,3 +112,41 @@ def test_the_choice_is_compiled_as_a_constant(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     compiled = torch.compile(choose, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)) == 2.0
+
+
+@pytest.mark.parametrize("way", ["drop", "window", "block"])
+def test_many_chunks_equal_one(way, monkeypatch):
+    case = random_case(5)
+    case.min_mass = 0.91
+    whole = case.run(way, "torch")
+    monkeypatch.setattr(torch_rows, "SCORES_PER_BLOCK", 64)
+    parts = case.run(way, "torch")
+    assert_close(parts.output, whole.output.double(), 1e-6)
+    if way == "block":
+        assert torch.equal(parts.attended, whole.attended)
+        assert torch.equal(parts.enlarged, whole.enlarged)
+
+
+@pytest.mark.parametrize("way", ["topk", "window", "dense", "block"])
+def test_custom_ops_keep_the_contract_of_torch(way):
+    for backend in INSTALLED:  # the kernels for CPUs have no gradient, and return what compiled graphs expect
+        case = random_case(8, longest=40)
+        for t in (case.query, case.key, case.value):
+            t.requires_grad_(backend == "torch")
+        problem, chosen = problem_of_case(case, stats=True), case.selection(way)
+        arguments = (problem.tensors(), *library.arguments(chosen, problem, backend))
+        utils = {} if backend == "torch" else {"test_utils": "test_faketensor"}
+        torch.library.opcheck(library.operation(chosen, problem, backend), arguments, **utils)
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_memory_grows_with_keys_and_not_with_queries_times_keys(backend):
+    process = pytest.importorskip("psutil").Process()
+    n = 6000  # Lq * Lk * heads in float32 would be 288 MB
+    query, key = torch.randn(1, 2, n, 16), torch.randn(1, 2, n, 16)
+    visible = causal_intervals(1, n, n, "cpu")
+    problem = problem_of(query, key, key, visible, visible[..., 1][:, None].clamp(max=50), scale=0.25)
+    before = process.memory_info().rss
+    for selection in (TopK(), Block()):
+        selection.run(problem, backend)
+    assert process.memory_info().rss - before < 150e6

@@ -3,16 +3,18 @@
 FUZZ_FIRST is the first seed of those. Below, what calls with extreme values once showed.
 """
 
+import itertools
 import os
 
 import fuzz_checks
 import pytest
 import torch
-from attention_cases import WAYS
-from operations import INTERPRETED
+from attention_cases import HARD, PAGE_KINDS, TOLERANCE, WAYS, check, random_case
+from operations import INSTALLED, INTERPRETED, problem_of_case
 from torch.nn.functional import scaled_dot_product_attention
 
 from nc_patch import KeyIndex, sparse_attention
+from nc_patch.ops.reference import raw_scores
 
 CASES, FIRST = int(os.environ.get("FUZZ_CASES", "2000")), int(os.environ.get("FUZZ_FIRST", "2000000"))
 
@@ -48,6 +50,48 @@ def test_what_is_wrong_is_noticed(kind, wrong, monkeypatch):
     changed = lambda query, key, value, **options: wrong(run, query, key, value, **options)  # noqa: E731
     monkeypatch.setattr(fuzz_checks, "sparse_attention", changed)
     assert sum(fuzz_checks.check(kind, seed) is not None for seed in range(40)) > 6
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("way", WAYS)
+def test_random_cases_equal_the_reference_to_its_norm(way):
+    for seed, dtype in enumerate([*TOLERANCE] * 16):
+        case = random_case(seed, 300 if way == "block" else 150, dtype, decode=WAYS[way].index is not None)
+        expected = case.reference(way)
+        for backend, stats in itertools.product(INSTALLED, (True, False)):
+            check(way, case, backend, expected, stats=stats, bounds=WAYS[way].index == "codes" and not stats)
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_topk_chooses_the_references_keys_whatever_they_are_and_codes_bound_the_kept_mass(kind):
+    for seed in range(12):
+        case = random_case(f"{kind} {seed}", decode=True)
+        pad = -case.query.shape[-1] % 16 if seed % 3 else 0  # whole vectors of codes, or keys themselves
+        case.query, case.key = (torch.nn.functional.pad(t, (0, pad)) for t in (case.query, case.key))
+        if kind in ("all equal", "far from zero", "heavy tails"):
+            case.query = (case.query * 4).round()
+        case.key = HARD[kind](case.key)
+        # What float32 rounds off a large logit; of still larger ones a single key has all of the softmax.
+        largest = float((case.scale * raw_scores(problem_of_case(case))).abs().max())
+        tolerance = 1e-5 + (5e-7 * largest if largest < 1e5 else 0.0)
+        new = min(seed % 6, case.query.shape[2], int((case.visible[:, -1, 1] - case.visible[:, 0, 0]).min()))
+        expected = case.reference("codes")
+        for backend in INSTALLED:
+            given = {"expected": expected, "stats": False, "tolerance": tolerance}
+            for bounds in (False, True):
+                check("codes", case, backend, new=max(new, 0), bounds=bounds, **given)
+            check("drop", case, backend, **given)
+
+
+@pytest.mark.parametrize("kind", [None, *PAGE_KINDS])
+def test_pages_are_chosen_and_attended_as_defined_whatever_the_keys_are(kind):
+    for seed in range(24):
+        case = random_case(seed, decode=True)
+        case.key = case.key if kind is None else kind(case.key)
+        given = {"stats": kind is None and seed % 2 == 0, "tolerance": None if kind is None else 1e-4}
+        new = seed % 4 if bool((case.origin == 0).all()) else 0
+        for backend in INSTALLED:
+            check("pages", case, backend, case.reference("pages"), new, **given)
 
 
 def one_row(scores: list[float], budget: int, **options):

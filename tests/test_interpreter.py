@@ -1,7 +1,7 @@
 """The tests of the Triton kernels in Triton's interpreter, as on a GPU, and the plugin that makes it so.
 
 Whether kernels are interpreted is settled when they are imported, so that this takes a process of its own. One file:
-``TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest -p gpu_semantics tests/test_triton_kernels.py``.
+``TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest -p gpu_semantics tests/test_attention.py``.
 """
 
 import os
@@ -18,7 +18,7 @@ from gpu_semantics import GpuSemantics  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="starts processes that interpret")
 TESTS = Path(__file__).parent
-FILES = ("gpu_semantics", "paged", "triton_block", "triton_decode_block", "triton_decode_topk", "triton_kernels")
+FILES = ("gpu_semantics", "attention", "key_index", "paged", "triton_block", "triton_decode_topk", "triton_kernels")
 
 
 def run_in_the_interpreter(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
