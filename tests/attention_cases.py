@@ -114,21 +114,25 @@ class Case:
         problem, kind = problem._replace(**nan), WAYS[way].index
         if kind is None:
             return problem
-        end = problem.visible[..., 1].amax(1)
-        start = problem.origin[:, -1] if kind == "pages" else problem.visible[:, -1, 0]
-        index = KeyIndex.build(
-            problem.key, kind, start=start, end=end if kind == "codes" else end - new, block_size=self.block_size,
-            backend=backend, capacity=self.key.shape[2] + 64,
-        )  # fmt: skip
-        for b, last in enumerate(end.tolist()):
+        index = index_of(problem, kind, backend, new, self.block_size)
+        for b, end in enumerate(problem.visible[..., 1].amax(1).tolist()):
             for part in index.tensors()[:3] if kind == "codes" else ():  # those of the new keys may be anything yet
-                part[b, :, last - new :] = 77
+                part[b, :, end - new :] = 77
         return by_index(problem, index, max(int(self.budget.max()), 1) if self.budget.numel() else 1)._replace(new=new)
 
     def run(self, way: str, backend: str, **more: Any) -> AttentionResult:
         """What a backend makes of the case, on the CPU; ``more`` as for ``problem``."""
         result = self.selection(way).run(self.problem(way, backend, **more), backend)
         return AttentionResult(*(t if t is None else t.cpu() for t in result))
+
+
+def index_of(problem: Problem, kind: str, backend: str, new: int = 0, block_size: int = 16) -> KeyIndex:
+    """An index of what the rows of a problem see; one of pages or means has yet to take in the last ``new`` keys."""
+    key, end = problem.key, problem.visible[..., 1].amax(1)
+    codes, capacity = kind == "codes", key.shape[2] + 64
+    place = {"start": problem.visible[:, -1, 0] if codes else problem.origin[:, -1], "end": end if codes else end - new}
+    options = {"block_size": block_size, "capacity": capacity, "backend": backend}
+    return KeyIndex.build(key, kind, value=problem.value, **place, **options)
 
 
 def check(

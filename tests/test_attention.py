@@ -1,4 +1,4 @@
-"""Every way of attending, on every backend, against the float64 definitions.
+"""Every way of attending, and every index, on every backend, against the float64 definitions.
 
 ``test_interpreter.py`` runs this file in Triton's interpreter, and ``scripts/gpu_check.sh`` on a GPU.
 """
@@ -8,13 +8,14 @@ from functools import cache
 
 import pytest
 import torch
-from attention_cases import DESCRIBED, TOLERANCE, WAYS, Case, Shape, check
-from operations import BACKENDS, EACH, assert_close, device_of
+from attention_cases import DESCRIBED, HARD, TOLERANCE, WAYS, Case, Shape, check, index_of, random_case
+from operations import BACKENDS, EACH, assert_close, assert_summarises, device_of, problem_of_case
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import KeyIndex, patch_model
 from nc_patch.ops.means import PageMeans, page_means, page_starts
 from nc_patch.ops.problem import AttentionResult
+from nc_patch.ops.reference import raw_scores
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 FP32_BF16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -126,22 +127,14 @@ def test_a_step_takes_its_keys_into_an_index_that_is_then_the_one_of_all_keys(wa
     if way == "pages":  # which may be views of something larger
         taken = taken._replace(key_index=tuple(torch.cat((x, x), 2)[:, :, : x.shape[2]] for x in taken.key_index))
     else:
-        end, start = case.visible[:, -1, 1], case.origin[:, -1]
-        made = [
-            KeyIndex.build(whole.key, "means", value=whole.value, start=start, end=end - new, backend=backend).tensors()
-            for new in (queries, 0)
-        ]
-        taken, whole = (of._replace(means=PageMeans(*means)) for of, means in zip((taken, whole), made, strict=True))
-        way = "codes with means"
+        means = (PageMeans(*index_of(whole, "means", backend, new).tensors()) for new in (queries, 0))
+        taken, whole, way = taken._replace(means=next(means)), whole._replace(means=next(means)), "codes with means"
     found, expected = (case.selection(way).run(problem, backend) for problem in (taken, whole))
     torch.testing.assert_close(found.output, expected.output, atol=1e-6, rtol=1e-5)
-    for b, (start, end) in enumerate(
-        zip(case.visible[:, -1, 0].tolist(), case.visible[:, -1, 1].tolist(), strict=True)
-    ):
-        for number, (mine, its) in enumerate(zip(taken.kept(), whole.kept(), strict=True)):
-            rows = slice(None) if way == "pages" or number > 4 else slice(start, end)
-            if number < 2 and way != "pages":
-                rows = slice(start // 16, start // 16 + (end - start) // 16)
+    for b, (start, end) in enumerate(case.visible[:, -1].tolist()):
+        of_means = slice(start // 16, start // 16 + (end - start) // 16)
+        held = [slice(None)] * 2 if way == "pages" else [of_means] * 2 + [slice(start, end)] * 3 + [slice(None)] * 2
+        for mine, its, rows in zip(taken.kept(), whole.kept(), held, strict=True):
             torch.testing.assert_close(mine[b, :, rows], its[b, :, rows], rtol=0, atol=0, equal_nan=True)
 
 
@@ -156,3 +149,63 @@ def test_a_patched_model_generates_as_with_pytorch(backend):
         tokens[name], logits[name] = made.sequences.tolist(), torch.cat(made.logits)
     assert tokens[backend] == tokens["torch"]
     torch.testing.assert_close(logits[backend], logits["torch"], atol=1e-4, rtol=1e-4)
+
+
+@EACH
+@pytest.mark.parametrize("kind", HARD)
+def test_page_statistics_are_those_of_the_pages_keys_whatever_they_are(kind, backend):
+    for seed in range(4 if backend == "triton" else 12):
+        g = torch.Generator().manual_seed(seed)
+        length, D = int(torch.randint(1, 70, (1,), generator=g)), int(torch.randint(1, 20, (1,), generator=g))
+        key = HARD[kind](torch.randn(2, 2, length, D, generator=g))
+        start, first = torch.randint(-20, length, (2,), generator=g), int(torch.randint(0, length, (1,), generator=g))
+        given, end = key.to(device_of(backend)), torch.full((2,), length, device=device_of(backend))
+        options = {"start": start.to(end.device), "end": end - (length - first), "capacity": 128, "backend": backend}
+        index = KeyIndex.build(given, "pages", **options)
+        index.extend(given, length - first, end)
+        for b, begin in enumerate(start.tolist()):
+            for j in range(8):
+                codes, scales = (t[b, :, j].cpu() for t in index.tensors())
+                first, last = begin + 16 * j, begin + 16 * j + 16
+                if last > length or last <= 0:  # no key, or a page that is not whole yet
+                    assert not codes.any()
+                    assert not scales.any()
+                    continue
+                for h in range(2):
+                    assert_summarises(codes[h], scales[h], key[b, h, max(first, 0) : last])
+
+
+@EACH
+@pytest.mark.parametrize(("pages", "chosen"), [(2, [0, 9]), (3, [0, 1, 9])])
+def test_pages_that_hold_nan_come_before_all_but_the_first_and_the_querys_own(pages, chosen, backend):
+    case = Shape("nan", (), kv_heads=2, queries=1, keys=160, budget=16 * pages).case()
+    case.key[0, 0, 20:100:16] = torch.nan
+    problem, expected = case.problem("pages"), case.reference("pages")
+    mask = case.selection("pages").mask(problem, raw_scores(problem), decode=True)
+    assert mask[0, 0, 0].view(10, 16).any(-1).nonzero()[:, 0].tolist() == chosen
+    result = case.run("pages", backend, stats=True)
+    assert torch.equal(result.attended, expected.attended)
+    assert_close(result.output, expected.output, 1e-5)
+    assert bool(result.output[:, :2].isfinite().all()) == (1 not in chosen)
+    for of_other_heads in (result.output, result.lse, result.kept_mass):
+        assert of_other_heads[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "torch"])
+@pytest.mark.parametrize("kind", ["codes", "means", "pages"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_other_backends_build_pytorchs_indexes_to_rounding(kind, dtype, backend):
+    for seed in range(3 if backend == "triton" else 12):
+        case = random_case(seed, 300, dtype)
+        found, expected = (
+            index_of(problem_of_case(case, device_of(name)), kind, name).tensors() for name in (backend, "torch")
+        )
+        ends = torch.stack((case.origin[:, -1], case.visible[..., 1].amax(1)), -1).tolist()
+        for b, (first, end) in enumerate(ends):
+            whole = max(end - first, 0) // 16
+            of_kind = {"codes": (first, end), "means": (first // 16, first // 16 + whole), "pages": (0, whole)}
+            rows = slice(*of_kind[kind])
+            for mine, its in zip(found, expected, strict=True):
+                mine, its = (t[b] if t.shape[2:] == case.key.shape[3:] else t[b, :, rows] for t in (mine, its))
+                tolerance = 1.0 if mine.dtype == torch.int8 else TOLERANCE[dtype]
+                torch.testing.assert_close(mine.float().cpu(), its.float(), atol=tolerance, rtol=1e-5)

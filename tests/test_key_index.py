@@ -1,13 +1,10 @@
-"""Indexes of keys: what they hold, on every backend, what decoding by them keeps, and which uses are refused."""
+"""Indexes of keys: their size, what decoding by them keeps, and which uses are refused."""
 
 import pytest
 import torch
-from attention_cases import HARD, TOLERANCE, random_case
-from operations import BACKENDS, EACH, assert_summarises, device_of, problem_of
 
 from nc_patch import KeyIndex, sparse_attention
 from nc_patch.ops.problem import causal_intervals
-from nc_patch.selections import Block
 
 
 def test_bounds_are_narrow_where_attention_is_sharp():
@@ -46,81 +43,6 @@ def test_an_index_takes_the_bytes_it_promises(D):
         grown = KeyIndex.build(key[:, :, :8191], "codes")
         grown.extend(key, 1, torch.tensor([8192]))
         assert grown.nbytes() <= 0.27 * kv_bytes * 8320 / 8192
-
-
-@EACH
-@pytest.mark.parametrize("kind", HARD)
-def test_page_statistics_are_those_of_the_pages_keys_whatever_they_are(kind, backend):
-    for seed in range(4 if backend == "triton" else 12):
-        g = torch.Generator().manual_seed(seed)
-        length, D = int(torch.randint(1, 70, (1,), generator=g)), int(torch.randint(1, 20, (1,), generator=g))
-        key = HARD[kind](torch.randn(2, 2, length, D, generator=g))
-        start, first = torch.randint(-20, length, (2,), generator=g), int(torch.randint(0, length, (1,), generator=g))
-        given, end = key.to(device_of(backend)), torch.full((2,), length, device=device_of(backend))
-        options = {"start": start.to(given.device), "capacity": 128, "backend": backend}
-        index = KeyIndex.build(given, "pages", end=end - (length - first), **options)
-        index.extend(given, length - first, end)
-        for b, begin in enumerate(start.tolist()):
-            for j in range(8):
-                codes, scales = (t[b, :, j].cpu() for t in index.tensors())
-                first, last = begin + 16 * j, begin + 16 * j + 16
-                if last > length or last <= 0:  # no key, or a page that is not whole yet
-                    assert not codes.any()
-                    assert not scales.any()
-                    continue
-                for h in range(2):
-                    assert_summarises(codes[h], scales[h], key[b, h, max(first, 0) : last])
-
-
-@EACH
-def test_pages_that_hold_nan_come_before_all_but_the_first_and_the_querys_own(backend):
-    key, query = torch.randn(2, 1, 1, 160, 16)[0].repeat(1, 2, 1, 1), torch.randn(1, 4, 1, 16)
-    key[0, 0, 20:100:16] = torch.nan
-    value, visible = torch.randn(1, 2, 160, 16), causal_intervals(1, 1, 160, "cpu")
-    for pages, expected in ((2, [0, 9]), (3, [0, 1, 9])):
-        budget = torch.full((1, 1, 1), 16 * pages, dtype=torch.int32)
-        problem = problem_of(*(t.to(device_of(backend)) for t in (query, key, value, visible, budget)))
-        index = KeyIndex.build(problem.key, "pages", backend=backend)
-        problem = problem._replace(key_index=index.tensors(), page_size=16, stats=True)
-        mask = Block(size=16).mask(
-            problem, problem.query.double() @ problem.key.double().repeat_interleave(2, 1).mT, True
-        )
-        assert mask[0, 0, 0].view(10, 16).any(-1).nonzero()[:, 0].tolist() == expected
-        result = Block(size=16).run(problem, backend)
-        assert result.attended.tolist() == [[[16 * pages]] * 4]
-        assert bool(result.output[:, :2].isfinite().all()) == (1 not in expected)
-        for of_other_heads in (result.output, result.lse, result.kept_mass):
-            assert of_other_heads[:, 2:].isfinite().all()
-
-
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "torch"])
-@pytest.mark.parametrize("kind", ["codes", "means", "pages"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_other_backends_build_pytorchs_indexes_to_rounding(kind, dtype, backend):
-    for seed in range(3 if backend == "triton" else 12):
-        case = random_case(seed, 300, dtype)
-        options = {
-            "value": case.value,
-            "start": case.origin[:, -1],
-            "end": torch.full((len(case.key),), case.key.shape[2]),
-        }
-        found, expected = (
-            KeyIndex.build(
-                case.key.to(device_of(name)),
-                kind,
-                backend=name,
-                **{k: v.to(device_of(name)) for k, v in options.items()},
-            ).tensors()
-            for name in (backend, "torch")
-        )
-        for b, first in enumerate(case.origin[:, -1].tolist()):
-            whole = (case.key.shape[2] - first) // 16
-            of_kind = {"codes": (first, None), "means": (first // 16, first // 16 + whole), "pages": (0, whole)}
-            rows = slice(*of_kind[kind])
-            for mine, its in zip(found, expected, strict=True):
-                mine, its = (t[b] if t.shape[2:] == case.key.shape[3:] else t[b, :, rows] for t in (mine, its))
-                tolerance = 1.0 if mine.dtype == torch.int8 else TOLERANCE[dtype]
-                torch.testing.assert_close(mine.float().cpu(), its.float(), atol=tolerance, rtol=1e-5)
 
 
 KEY, QUERY = torch.randn(1, 2, 50, 16), torch.randn(1, 4, 1, 16)
