@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from operations import assert_close, device_of, hull_of, problem_of_case, selection_of
+from operations import assert_close, device_of, problem_of_case
 
 from nc_patch import KeyIndex
 from nc_patch.budget import budget_of
@@ -14,6 +14,7 @@ from nc_patch.functional import by_index
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals, visible_mask
 from nc_patch.ops.reference import final_scores, raw_scores
 from nc_patch.selections import Selection
+from nc_patch.selections.base import selection_class
 from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -37,15 +38,16 @@ WAYS = {
     "codes with means": Way("topk", "codes", "mean"),
     "pages": Way("block", "pages"),
 }
-BLOCK_OPTIONS = ("block_size", "query_block_size", "sample_stride", "local_keys", "min_mass", "max_factor")
 
 
 @dataclass
 class Case:
     """Inputs of an operation, and the settings that go with them.
 
-    ``law`` are the arguments of ``sparse_attention`` from which the budget follows, where it does; ``exact``: float32
-    holds every score, so that ties are ties in every arithmetic.
+    Attributes:
+        options: those of every selection, by name.
+        law: the arguments of ``sparse_attention`` from which the budget follows, where it does.
+        exact: float32 holds every score, so that ties are ties in every arithmetic.
     """
 
     query: torch.Tensor
@@ -57,14 +59,7 @@ class Case:
     sinks: torch.Tensor | None
     scale: float
     softcap: float
-    sink_keys: int
-    recent_keys: int
-    block_size: int = 16
-    query_block_size: int = 64
-    sample_stride: int | None = 16
-    local_keys: int = 0
-    min_mass: float | None = None
-    max_factor: float = 4.0
+    options: dict[str, Any]
     law: dict[str, Any] = field(default_factory=dict)
     exact: bool = False
 
@@ -73,14 +68,11 @@ class Case:
         """How many keys each query sees, int32 ``[B, 1, Lq]``."""
         return (self.visible[..., 1] - self.visible[..., 0])[:, None]
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of its selections."""
-        return {name: getattr(self, name) for name in ("sink_keys", "recent_keys", *BLOCK_OPTIONS)}
-
     def selection(self, way: str) -> Selection:
         """The selection of a way, with the case's options."""
-        return selection_of(WAYS[way].selection, tail=WAYS[way].tail == "mean", **self.options)
+        kind = selection_class(WAYS[way].selection)
+        given = self.options | {"tail": WAYS[way].tail}
+        return kind(**{name: given[name] for name in kind.options if name in given})
 
     def reference(self, way: str) -> AttentionResult:
         """What the float64 definition makes of the case."""
@@ -99,11 +91,9 @@ class Case:
         visible = self.visible
         if WAYS[way].tail == "mean" or WAYS[way].index == "pages":
             visible = torch.stack((self.origin.amin(1), visible[..., 1].amax(1)), -1)[:, None]
-        elif (way, backend) == (
-            "block",
-            "cpu",
-        ) and visible.numel():  # which read what lies between the keys of a block's queries
-            visible = hull_of(visible)
+        elif (way, backend) == ("block", "cpu") and visible.numel():  # which read what lies between
+            first = visible[..., 0].masked_fill(self.rows[:, 0] <= 0, self.key.shape[2]).amin(1)
+            visible = torch.stack((first, visible[..., 1].masked_fill(self.rows[:, 0] <= 0, 0).amax(1)), -1)[:, None]
         return ~visible_mask(visible, self.key.shape[2]).any(2)[:, 0, None, :, None]
 
     def problem(self, way: str, backend: str = "torch", new: int = 0, **more: Any) -> Problem:
@@ -114,7 +104,7 @@ class Case:
         problem, kind = problem._replace(**nan), WAYS[way].index
         if kind is None:
             return problem
-        index = index_of(problem, kind, backend, new, self.block_size)
+        index = index_of(problem, kind, backend, new, self.options["size"])
         for b, end in enumerate(problem.visible[..., 1].amax(1).tolist()):
             for part in index.tensors()[:3] if kind == "codes" else ():  # those of the new keys may be anything yet
                 part[b, :, end - new :] = 77
@@ -244,13 +234,16 @@ def random_case(
     return Case(
         *tensors, visible, origin, torch.tensor(budget, dtype=torch.int32).view(B, laws, Lq),
         sinks if rng.random() < 0.3 else None, scale, 0.0 if broken else pick((0.0, 0.0, 3.0), 50.0),
-        pick((4, 0, rng.randint(0, 5)), rng.randint(0, 20), 10**6), pick((1, 0, rng.randint(0, 5)), 10**6),
-        block_size=pick((16, 32), *BLOCK_SIZES),
-        query_block_size=rng.choice(QUERY_BLOCK_SIZES),
-        sample_stride=rng.choice((None, None, *SAMPLE_STRIDES)),
-        local_keys=pick((0, 0, 64, rng.randint(0, 260)), 10**6),
-        min_mass=pick((None,), None, 0.5, 0.9),
-        max_factor=pick((4.0,), 1.0, 1e300),
+        {
+            "sink_keys": pick((4, 0, rng.randint(0, 5)), rng.randint(0, 20), 10**6),
+            "recent_keys": pick((1, 0, rng.randint(0, 5)), 10**6),
+            "size": pick((16, 32), *BLOCK_SIZES),
+            "query_block_size": rng.choice(QUERY_BLOCK_SIZES),
+            "sample_stride": rng.choice((None, None, *SAMPLE_STRIDES)),
+            "local_keys": pick((0, 0, 64, rng.randint(0, 260)), 10**6),
+            "min_mass": pick((None,), None, 0.5, 0.9),
+            "max_factor": pick((4.0,), 1.0, 1e300),
+        },
         law={"alpha": alphas if laws > 1 else alphas[0], "C": exponents if laws > 1 else exponents[0], **limits},
         exact=exact,
     )  # fmt: skip
@@ -344,12 +337,6 @@ def peaked(seed: int, B: int, n: int, Hq: int = 4, Hkv: int = 2, D: int = 16) ->
     return query, key, torch.randn(B, Hkv, n, D, generator=g)
 
 
-def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖result − expected‖ / ‖expected‖ in float64; NaN where either is."""
-    result, expected = result.double(), expected.double()
-    return float((result - expected).norm() / expected.norm().clamp(min=1e-30))
-
-
 @dataclass(frozen=True)
 class Shape:
     """A described input: its sizes, what its queries may see, its settings, and the ways that it is attended by.
@@ -426,8 +413,9 @@ class Shape:
             budget = (share * (n + 1)).int().clamp(min=1).minimum(n)
         budget = torch.where(n <= self.dense_below, n, budget).contiguous()
         sinks = normal(heads) if self.sinks is True else torch.full((heads,), self.sinks) if self.sinks else None
-        forced = self.sink_keys, self.recent_keys
-        return Case(*tensors, visible, origin, budget, sinks, self.head_dim**-0.5, self.softcap, *forced, **self.blocks)
+        options = {"size": 16, "sample_stride": 16, "local_keys": 0}
+        options |= {"sink_keys": self.sink_keys, "recent_keys": self.recent_keys, **self.blocks}
+        return Case(*tensors, visible, origin, budget, sinks, self.head_dim**-0.5, self.softcap, options)
 
     def intervals_of(self, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """``visible`` and ``origin``."""
@@ -501,9 +489,9 @@ SHAPES = [
     *(
         Shape(name, ("block",), **{"queries": 150, "keys": 150, "head_dim": 32, "budget": 40, "blocks": blocks} | more)
         for name, blocks, more in (
-            ("b32-g3", {"block_size": 32}, {"dtype": FP16, "group": 3, "head_dim": 96, "queries": 70, "keys": 101}),
-            ("b64-q128", {"block_size": 64, "query_block_size": 128}, {"dtype": BF16, "queries": 50, "keys": 190}),
-            ("b128", {"block_size": 128}, {"dtype": BF16, "queries": 100, "keys": 300, "budget": 130, "softcap": 3.0}),
+            ("b32-g3", {"size": 32}, {"dtype": FP16, "group": 3, "head_dim": 96, "queries": 70, "keys": 101}),
+            ("b64-q128", {"size": 64, "query_block_size": 128}, {"dtype": BF16, "queries": 50, "keys": 190}),
+            ("b128", {"size": 128}, {"dtype": BF16, "queries": 100, "keys": 300, "budget": 130, "softcap": 3.0}),
             ("blocks-left-padding", {}, {"batch": 2, "intervals": "padding", "queries": 90, "keys": 110}),
             ("stride-1", {"sample_stride": 1, "query_block_size": 32}, {"queries": 70, "keys": 130}),
             ("stride-by-the-law", {"sample_stride": None, "local_keys": 16}, {"kv_heads": 2, "group": 1}),
@@ -565,8 +553,8 @@ SHAPES = [
                 (f"decode-{kind}", "codes", {"group": 1, "queries": 3, "unequal": 0.0, "spoiled": kind})
                 for kind in [*SPOILED][:-1]
             ),
-            ("p32", "pages", {"keys": 331, "blocks": {"block_size": 32}, "budget": 90}),
-            ("p64-transposed", "pages", {"keys": 350, "blocks": {"block_size": 64}, "budget": 130, "transposed": True}),
+            ("p32", "pages", {"keys": 331, "blocks": {"size": 32}, "budget": 90}),
+            ("p64-transposed", "pages", {"keys": 350, "blocks": {"size": 64}, "budget": 130, "transposed": True}),
         )
     ),
 ]

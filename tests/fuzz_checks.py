@@ -48,7 +48,7 @@ class Call(NamedTuple):
         key, value, start = self.case.key, self.case.value, self.case.origin[:, -1]
         Lk = key.shape[2]
         first = Lk // 2 if kind != "codes" else Lk
-        options = {"start": start, "block_size": self.case.block_size, "capacity": max(first, 1)}
+        options = {"start": start, "block_size": self.case.options["size"], "capacity": max(first, 1)}
         half = (t[:, :, :first] for t in (key, value))
         index = KeyIndex.build(next(half), kind, value=next(half), end=torch.full_like(start, first), **options)
         if first < Lk:
@@ -80,8 +80,8 @@ class Call(NamedTuple):
             g = torch.Generator().manual_seed(number)
             noisy = (t.double() * (1 + 4e-7 * torch.randn(t.shape, generator=g)) for t in (case.query, case.key))
             case = replace(case, query=next(noisy), key=next(noisy))
-            if case.min_mass:  # so is the mass that blocks are found to keep, where they stop at one
-                case.min_mass *= 1 + 2e-6 * float(torch.randn(1, generator=g))
+            if mass := case.options["min_mass"]:  # so is the mass that blocks are found to keep, where they stop at one
+                case.options = case.options | {"min_mass": mass * (1 + 2e-6 * float(torch.randn(1, generator=g)))}
         return case.reference(self.way)
 
 

@@ -77,7 +77,7 @@ def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_prog
 def test_neighbours_in_a_batch_change_nothing(way, backend):
     few = {"queries": 1, "group": 3} if WAYS[way].index else {"queries": 40}
     case = Shape("neighbours", (), batch=2, keys=80, intervals="padding", **few).case()
-    case.min_mass = 0.6
+    case.options["min_mass"] = 0.6
     alone = replace(case, **{n: getattr(case, n)[1:] for n in ("query", "key", "value", "visible", "origin", "budget")})
     case.key[0], case.value[0] = 2.0, 3.0
     both, one = (of.run(way, backend).output for of in (case, alone))

@@ -117,7 +117,7 @@ def test_the_choice_is_compiled_as_a_constant(monkeypatch):
 @pytest.mark.parametrize("way", ["drop", "window", "block"])
 def test_many_chunks_equal_one(way, monkeypatch):
     case = random_case(5)
-    case.min_mass = 0.91
+    case.options["min_mass"] = 0.91
     whole = case.run(way, "torch")
     monkeypatch.setattr(torch_rows, "SCORES_PER_BLOCK", 64)
     parts = case.run(way, "torch")

@@ -23,7 +23,7 @@ class Blocks:
 
     def __init__(self, shape: Shape, keys: int = 32, together: bool = True) -> None:
         case = self.case = shape.case()
-        (B, Hkv, Lk, D), Dv, page_size = case.key.shape, case.value.shape[3], case.block_size
+        (B, Hkv, Lk, D), Dv, page_size = case.key.shape, case.value.shape[3], case.options["size"]
         count = -(-Lk // keys)
         number = B * count + 3
         if together:
@@ -81,7 +81,7 @@ def shape_of(*ends: int, **more: object) -> Shape:
 
 
 SMALL = shape_of(20, 30)
-BF16, FP16, PAGES_OF_32 = torch.bfloat16, torch.float16, {"block_size": 32}
+BF16, FP16, PAGES_OF_32 = torch.bfloat16, torch.float16, {"size": 32}
 
 
 @EACH
