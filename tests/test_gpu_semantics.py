@@ -11,7 +11,6 @@ triton = pytest.importorskip("triton", reason="the interpreter is Triton's")
 import triton.language as tl  # noqa: E402
 from gpu_arithmetic import ULPS  # noqa: E402
 from gpu_semantics import GpuSemantics  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="test_interpreter.py runs this file")
 
@@ -179,10 +178,3 @@ def test_products_and_sums_are_rounded_as_on_a_gpu():
         assert (lost > 0).all()
         assert lost.max() < 4 * 2.0**-23
         assert (out != exact.float()).double().mean() > 0.5
-
-
-def test_what_the_interpreter_lacks_is_named(monkeypatch):
-    monkeypatch.delattr(interpreter.InterpreterBuilder, "create_barrier")
-    message = rf"Triton {triton.__version__} has no InterpreterBuilder\.create_barrier"
-    with pytest.raises(RuntimeError, match=message), GpuSemantics(0).active():
-        pass
