@@ -353,7 +353,7 @@ class Shape:
         sinks: drawn, or all of one number. unequal: how unlike in size keys are, so that blocks differ in mass.
         tied: scores lie on a small grid and most tie, and the values of different keys are orthogonal. spoiled: which
             of ``SPOILED`` the keys are.
-        transposed: whether tensors lie in memory by position before head, as projections leave them.
+        layout: how tensors lie in memory, see ``laid_out``.
         blocks: the options of ``block``.
     """
 
@@ -377,7 +377,7 @@ class Shape:
     unequal: float = 3.0
     tied: bool = False
     spoiled: str | None = None
-    transposed: bool = False
+    layout: str = "contiguous"
     blocks: dict[str, Any] = field(default_factory=dict)
 
     def case(self, seed: int = 0) -> Case:
@@ -401,9 +401,7 @@ class Shape:
             query.zero_()[..., 0] = 1.5
             key = SPOILED[self.spoiled](key)
             key[..., 1:] = 0.0
-        tensors = [t.to(self.dtype).contiguous() for t in (query, key, value)]
-        if self.transposed:
-            tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+        tensors = [laid_out(t.to(self.dtype).contiguous(), self.layout) for t in (query, key, value)]
         visible, origin = self.intervals_of(g)
         n = (visible[..., 1] - visible[..., 0])[:, None]
         if isinstance(self.budget, int):
@@ -459,7 +457,7 @@ ROWS, ALL = ("drop", "window"), ("topk", "drop", "window", "block")
 BF16, FP16 = torch.bfloat16, torch.float16
 SHAPES = [
     Shape("plain", (*ALL, "dense")),
-    Shape("bf16-d80-g3-transposed", ALL, BF16, 1, 2, 3, 7, head_dim=80, transposed=True),
+    Shape("bf16-d80-g3-transposed", ALL, BF16, 1, 2, 3, 7, head_dim=80, layout="transposed"),
     Shape("fp16-d96-g5", ("drop",), FP16, group=5, head_dim=96, queries=7, sink_keys=0, recent_keys=0),
     Shape("bf16-d128-g7-left-padding", ROWS, BF16, 2, 1, 7, 9, head_dim=128, intervals="padding"),
     Shape("d192-narrow-values", ("drop", "block"), group=1, queries=23, head_dim=192, value_dim=128),
@@ -547,6 +545,7 @@ SHAPES = [
             ("decode-full-budget", "codes, pages", {"budget": "full", "keys": 77}),
             ("decode-forced-keys", "codes", {"sink_keys": 40, "recent_keys": 50, "budget": "any", "queries": 3}),
             ("budget-of-one", "codes, pages", {"budget": 1}),
+            ("decode-columns-first", "codes, pages", {"queries": 2, "layout": "columns first"}),
             ("wide-group", "pages", {"group": 19, "budget": 40}),
             ("decode-ties", "codes", {"queries": 6, "group": 2, "kv_heads": 2, "budget": "per_head", "tied": True}),
             ("pages-alike", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "pages alike"}),
@@ -556,7 +555,7 @@ SHAPES = [
                 for kind in [*SPOILED][:-1]
             ),
             ("p32", "pages", {"keys": 331, "blocks": {"size": 32}, "budget": 90}),
-            ("p64-transposed", "pages", {"keys": 350, "blocks": {"size": 64}, "budget": 130, "transposed": True}),
+            ("p64-transposed", "pages", {"keys": 350, "blocks": {"size": 64}, "budget": 130, "layout": "transposed"}),
         )
     ),
 ]

@@ -13,11 +13,13 @@ from operations import BACKENDS, EACH, assert_close, assert_summarises, device_o
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import KeyIndex, patch_model
+from nc_patch.ops import rows
 from nc_patch.ops.means import PageMeans, page_means, page_starts
 from nc_patch.ops.problem import AttentionResult
 from nc_patch.ops.reference import raw_scores
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
+OTHERS = [backend for backend in BACKENDS if backend != "torch"]
 FP32_BF16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -36,7 +38,7 @@ def test_described_cases_equal_the_reference(name, backend):
     # The kept mass of blocks takes a pass over all keys.
     plain = shape.intervals == "causal" and not shape.sinks and not shape.softcap
     stats = shape.spoiled is None and not (WAYS[way].selection == "block" and plain)
-    bounds = WAYS[way].index == "codes" and not shape.transposed
+    bounds = WAYS[way].index == "codes"
     check(way, case, backend, expected, stats=stats, bounds=bounds)
     if shape.spoiled is None and (backend != "triton" or shape.name in ("plain", "decode")):
         check(way, case, backend, expected, stats=not stats, bounds=bounds)
@@ -67,8 +69,9 @@ def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_prog
         if backend == "triton" and way in ("drop", "window"):
             from nc_patch.ops.triton import launch
 
-            rows = launch.tiles_for(launch.architecture_of(torch.device(device_of(backend))), dtype, 80, 80, 40).rows
-            first = (key - 53 + 40) // rows * rows
+            architecture = launch.architecture_of(torch.device(device_of(backend)))
+            of_program = launch.tiles_for(architecture, dtype, 80, 80, 40).rows
+            first = (key - 53 + 40) // of_program * of_program
         assert sound[:, :, : max(first, 0), column].all()
 
 
@@ -98,6 +101,48 @@ def test_a_page_that_is_attended_whole_hides_what_its_mean_holds(way, whole, bac
         assert_close(output, case.reference(way).output, 1e-5)
     else:  # it may reach the other row too, which shares a program
         assert not output[:, :, 1].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stride-by-the-law",
+        "local-keys",
+        "dense-rows",
+        "packed-dense-rows",
+        "full-budget",
+        "min-mass",
+        "min-mass-sliding",
+    ],
+)
+def test_the_choice_of_blocks_its_audit_and_how_many_attend_more_are_pytorchs(name, backend):
+    case = DESCRIBED[f"{name}-block"][0].case(1)
+    found, expected = (case.run("block", each, audit_seed=5) for each in (backend, "torch"))
+    assert float(expected.audit[0, 1]) > 0
+    assert_close(found.audit, expected.audit.double(), 1e-4)
+    assert torch.equal(found.attended, expected.attended)
+    assert (found.enlarged is None) == ("min_mass" not in case.options)
+    assert found.enlarged is None or torch.equal(found.enlarged, expected.enlarged)
+
+
+@EACH
+@pytest.mark.parametrize("size", [64, 6000])
+@pytest.mark.parametrize("way", ["drop", "window", "block"])
+def test_a_prompt_in_more_parts_gives_the_same(way, size, backend, monkeypatch):
+    sizes = {"batch": 2, "group": 1, "queries": 150, "keys": 150, "head_dim": 32, "budget": 40}
+    case = Shape("parts", (), intervals="padding", blocks={"min_mass": 0.8}, **sizes).case()
+    whole = case.run(way, backend, audit_seed=0)
+    monkeypatch.setattr(rows, "SCORES_PER_BLOCK", size)
+    if backend == "triton":
+        from nc_patch.selections.block import prefill
+
+        for name in ("SCORE_BYTES", "MOST_SCORE_BYTES"):
+            monkeypatch.setattr(prefill, name, size)
+    parts = case.run(way, backend, audit_seed=0)
+    for found, expected in zip(parts, whole, strict=True):
+        if expected is not None:  # tiles of other shapes may sum in another order
+            assert_close(found, expected.double(), 1e-6)
 
 
 @EACH
@@ -134,8 +179,8 @@ def test_a_step_takes_its_keys_into_an_index_that_is_then_the_one_of_all_keys(wa
     for b, (start, end) in enumerate(case.visible[:, -1].tolist()):
         of_means = slice(start // 16, start // 16 + (end - start) // 16)
         held = [slice(None)] * 2 if way == "pages" else [of_means] * 2 + [slice(start, end)] * 3 + [slice(None)] * 2
-        for mine, its, rows in zip(taken.kept(), whole.kept(), held, strict=True):
-            torch.testing.assert_close(mine[b, :, rows], its[b, :, rows], rtol=0, atol=0, equal_nan=True)
+        for mine, its, part in zip(taken.kept(), whole.kept(), held, strict=True):
+            torch.testing.assert_close(mine[b, :, part], its[b, :, part], rtol=0, atol=0, equal_nan=True)
 
 
 @EACH
@@ -192,7 +237,7 @@ def test_pages_that_hold_nan_come_before_all_but_the_first_and_the_querys_own(pa
         assert of_other_heads[:, 2:].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "torch"])
+@pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("kind", ["codes", "means", "pages"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_other_backends_build_pytorchs_indexes_to_rounding(kind, dtype, backend):
@@ -205,8 +250,8 @@ def test_other_backends_build_pytorchs_indexes_to_rounding(kind, dtype, backend)
         for b, (first, end) in enumerate(ends):
             whole = max(end - first, 0) // 16
             of_kind = {"codes": (first, end), "means": (first // 16, first // 16 + whole), "pages": (0, whole)}
-            rows = slice(*of_kind[kind])
+            part = slice(*of_kind[kind])
             for mine, its in zip(found, expected, strict=True):
-                mine, its = (t[b] if t.shape[2:] == case.key.shape[3:] else t[b, :, rows] for t in (mine, its))
+                mine, its = (t[b] if t.shape[2:] == case.key.shape[3:] else t[b, :, part] for t in (mine, its))
                 tolerance = 1.0 if mine.dtype == torch.int8 else TOLERANCE[dtype]
                 torch.testing.assert_close(mine.float().cpu(), its.float(), atol=tolerance, rtol=1e-5)

@@ -5,12 +5,11 @@ import logging
 import pytest
 import torch
 from attention_cases import random_case
-from operations import INSTALLED, assert_close, problem_of, problem_of_case
+from operations import INSTALLED, problem_of, problem_of_case
 
 from nc_patch import library, sparse_attention
 from nc_patch.common import say_once
 from nc_patch.ops import backends
-from nc_patch.ops import rows as torch_rows
 from nc_patch.ops.backends import choose_backend, triton_problem
 from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections import Block, Dense, TopK, Window
@@ -112,19 +111,6 @@ def test_the_choice_is_compiled_as_a_constant(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     compiled = torch.compile(choose, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)) == 2.0
-
-
-@pytest.mark.parametrize("way", ["drop", "window", "block"])
-def test_many_chunks_equal_one(way, monkeypatch):
-    case = random_case(5)
-    case.options["min_mass"] = 0.91
-    whole = case.run(way, "torch")
-    monkeypatch.setattr(torch_rows, "SCORES_PER_BLOCK", 64)
-    parts = case.run(way, "torch")
-    assert_close(parts.output, whole.output.double(), 1e-6)
-    if way == "block":
-        assert torch.equal(parts.attended, whole.attended)
-        assert torch.equal(parts.enlarged, whole.enlarged)
 
 
 @pytest.mark.parametrize("way", ["topk", "window", "dense", "block"])

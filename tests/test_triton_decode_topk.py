@@ -12,7 +12,6 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 from interpreted import plan_with  # noqa: E402
 from test_attention import FP32_BF16  # noqa: E402
 
-from nc_patch import KeyIndex  # noqa: E402
 from nc_patch.budget import budget_of  # noqa: E402
 from nc_patch.ops.means import PageMeans  # noqa: E402
 from nc_patch.ops.problem import Problem  # noqa: E402
@@ -151,19 +150,6 @@ def test_codes_written_in_place_bound_the_keys(kind, dtype, device):
         # A code that lies between two may be rounded to either side.
         assert (bound <= 1.02 * exact.double() + 1e-6).all()
         assert torch.equal(bound.isinf(), exact.isinf())
-
-
-@pytest.mark.parametrize("name", ["query", "key", "value"])
-def test_a_tensor_whose_last_axis_is_not_dense_is_copied(name, device):
-    case = decode_shape(queries=2).case()
-    setattr(case, name, getattr(case, name).transpose(-1, -2).contiguous().transpose(-1, -2))
-    problem = case.problem("codes", "triton")
-    strided = getattr(problem, name).transpose(-1, -2).contiguous().transpose(-1, -2)
-    output = case.selection("codes").run(problem._replace(**{name: strided}), "triton").output.cpu()
-    torch.testing.assert_close(output.double(), case.reference("codes").output, atol=1e-5, rtol=1e-5)
-    if name == "key":  # its codes are those of a copy, too
-        ours, dense = (KeyIndex.build(key, "codes", backend="triton") for key in (strided, strided.contiguous()))
-        assert all(map(torch.equal, ours.tensors(), dense.tensors()))
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
