@@ -329,16 +329,6 @@ KINDS = [*HARD.values()]
 PAGE_KINDS = [HARD[name] for name in ("all equal", "huge norms", "denormals", "heavy tails", "clustered")]
 
 
-def peaked(seed: int, B: int, n: int, Hq: int = 4, Hkv: int = 2, D: int = 16) -> tuple[torch.Tensor, ...]:
-    """Query, key and value whose attention is sparse: keys drift slowly, and some queries repeat an early key."""
-    g = torch.Generator().manual_seed(seed)
-    drift = torch.randn(B, Hkv, n, D, generator=g).cumsum(2)
-    key = drift / drift.norm(dim=-1, keepdim=True) * 4 + torch.randn(B, Hkv, n, D, generator=g) * 0.3
-    query = key.repeat_interleave(Hq // Hkv, 1) + torch.randn(B, Hq, n, D, generator=g)
-    query[:, :, n // 2 :: 3] = query[:, :, : n - n // 2 : 3]
-    return query, key, torch.randn(B, Hkv, n, D, generator=g)
-
-
 @dataclass(frozen=True)
 class Shape:
     """A described input: its sizes, what its queries may see, its settings, and the ways that it is attended by.
@@ -346,8 +336,9 @@ class Shape:
     Attributes:
         intervals: ``"causal"``, ``"padding"`` on the left, ``"packed"`` sequences, a ``"sliding"`` window, the keys of
             a ``"cache"`` that has dropped the first of its sequences, the beginning of a ``"static"`` cache, ``"both"``
-            directions, ``"ragged"`` rows of which some are empty, ``"empty"`` ones, some in padded sequences
-            (``"holes"``), rows ``"apart"``, with keys between them that none sees, or where causal sequences end.
+            directions, ``"ragged"`` rows of which some are empty, ``"any"`` such rows of one sequence, ``"empty"``
+            ones, some in padded sequences (``"holes"``), rows ``"apart"``, with keys between them that none sees, or
+            where causal sequences end.
         budget: of a row with n keys: so many, ``"law"``, ``"full"``, ``"any"`` number, or any number ``"per_head"``.
         dense_below: rows that see no more keys attend all of them.
         sinks: drawn, or all of one number. unequal: how unlike in size keys are, so that blocks differ in mass.
@@ -440,10 +431,10 @@ class Shape:
         elif kind == "apart":
             for first, interval in ((0, (2, 9)), (7, (40, 40)), (9, (12, 26)), (14, (26, 33))):
                 visible[:, first:] = torch.tensor(interval)
-        elif kind == "ragged":
+        elif kind in ("ragged", "any"):
             visible = torch.randint(0, keys + 1, visible.shape, generator=g).sort(-1).values.to(torch.int32)
             visible[:, ::5] = 3
-            return visible, visible[..., 0].clone()
+            return visible, origin if kind == "any" else visible[..., 0].clone()
         if kind in ("sliding", "cache"):
             visible[..., 0] = visible[..., 1] - keys * (2 if kind == "sliding" else 4) // 5
         visible[..., 0] = torch.maximum(visible[..., 0], origin.clamp(min=0))
@@ -512,6 +503,7 @@ SHAPES = [
                 {"min_mass": 0.97, "max_factor": 8.0},
                 {"keys": 300, "intervals": "sliding", "budget": 16},
             ),
+            ("rows-that-attend-none", {}, {"intervals": "any", "budget": 1, "queries": 88, "keys": 88}),
             ("equal-blocks", {}, {"group": 1, "queries": 20, "keys": 260, "budget": 80, "spoiled": "all equal"}),
             ("nan-block", {}, {"group": 1, "intervals": "packed", "budget": "full", "spoiled": "nan"}),
             ("infinite-block", {}, {"group": 1, "intervals": "packed", "budget": "full", "spoiled": "infinite"}),

@@ -148,28 +148,31 @@ def test_division_and_powers_are_off_by_two_units_at_most(name):
     assert not torch.equal(results[0], results[2])
 
 
-def test_special_numbers_and_casts_are_those_of_ptx():
-    assert computed("exp2", torch.tensor([0.0, -0.0, -127.5, -torch.inf])).tolist() == [1, 1, 0, 0]
-    x, y = torch.tensor([torch.nan, 2.0, 3.0, 5.0]), torch.tensor([1.0, torch.nan, 4.0, 5.0])
-    assert computed("maximum", x, y)[:3].tolist() == [1, 2, 4]
-    assert computed("product-plus", x, y)[3].isnan()  # what a mask leaves out is no zero
-    wide = torch.tensor([3e9, -3e9, torch.nan, -torch.inf, -2.9, 200.7, 40000.0, -200.0])
-    low, high = -(2**31), 2**31 - 1
-    assert computed("cast", wide, dtype=torch.int32).tolist() == [high, low, 0, low, -2, 200, 40000, -200]
-    assert computed("cast", wide, dtype=torch.int8).tolist() == [-1, 0, 0, 0, -2, 200 - 256, -1, 256 - 200]
-    ties = torch.cat([1 + torch.arange(-8, 8) / 256, torch.randn(13), torch.tensor([torch.nan, torch.inf, 3.4e38])])
-    rounded = computed("cast", ties, dtype=torch.bfloat16)
-    torch.testing.assert_close(rounded, ties.bfloat16(), rtol=0, atol=0, equal_nan=True)
+LOW, HIGH, NAN, INF = -(2**31), 2**31 - 1, torch.nan, torch.inf
+WIDE, ODD = [3e9, -3e9, NAN, -INF, -2.9, 200.7, 40000.0, -200.0], 1 + 2.0**-12  # whose square needs 24 bits more
 
 
-def test_products_and_sums_are_rounded_as_on_a_gpu():
-    x = torch.rand(64) + 1
-    rounded = (x.double() ** 2 - (x * x).double()).float()  # what rounding x * x takes away, which float32 holds
-    assert rounded.count_nonzero() > 32
-    assert torch.equal(computed("product-plus", x, -x * x)[:-1], rounded[:-1])
-    assert torch.equal(computed("minus-product", x, x * x)[:-1], -rounded[:-1])
-    # Folded in halves; one after the other would give 1.
-    assert computed("sum", torch.tensor([1e8, 1.0, -1e8, 1.0])).tolist() == [2] * 4
+@pytest.mark.parametrize(
+    ("does", "x", "y", "dtype", "expected"),
+    [
+        ("exp2", [0.0, -0.0, -127.5, -INF], None, torch.float32, [1, 1, 0, 0]),
+        ("maximum", [NAN, 2.0, 3.0, 0.0], [1.0, NAN, 4.0, 0.0], torch.float32, [1, 2, 4]),
+        ("cast", WIDE, None, torch.int32, [HIGH, LOW, 0, LOW, -2, 200, 40000, -200]),
+        ("cast", WIDE, None, torch.int8, [-1, 0, 0, 0, -2, 200 - 256, -1, 256 - 200]),
+        ("cast", [1 + 1 / 256, 1 + 3 / 256, -INF, 3.4e38], None, torch.bfloat16, [1, 1 + 4 / 256, -INF, INF]),
+        ("product-plus", [ODD] * 4, [-1 - 2.0**-11] * 4, torch.float32, [2.0**-24] * 3),
+        ("minus-product", [ODD] * 4, [1 + 2.0**-11] * 4, torch.float32, [-(2.0**-24)] * 3),
+        ("sum", [1e8, 1.0, -1e8, 1.0], None, torch.float32, [2] * 4),  # in halves; one after the other gives 1
+    ],
+)
+def test_numbers_are_those_of_ptx(does, x, y, dtype, expected):
+    found = computed(does, torch.tensor(x), None if y is None else torch.tensor(y), dtype)
+    assert found[: len(expected)].tolist() == expected
+    if does == "product-plus":
+        assert found[3].isnan()  # what a mask leaves out is no zero
+
+
+def test_matrix_products_are_cut_toward_zero():
     x, y = torch.rand(16, 64), torch.rand(64, 16)
     exact = x.double() @ y.double()
     for sign in (1, -1):
