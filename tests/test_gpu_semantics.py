@@ -84,24 +84,15 @@ def test_what_is_wrong_is_found(does, finds):
         assert (gpu.launches, gpu.programs) == (1, 5)
 
 
-@triton.jit
-def ticket_kernel(counter, out):
-    """Which programs come first shows in the result."""
-    tl.store(out + tl.atomic_add(counter, 1), tl.program_id(0) + 10 * tl.program_id(1))
-
-
-def test_programs_run_once_each_in_an_order_of_the_seed():
-    orders = []
-    for seed in (1, 1, 2):
-        counter, out = torch.zeros(1, dtype=torch.int32), torch.zeros(15, dtype=torch.int32)
-        with GpuSemantics(seed).active() as gpu:
-            ticket_kernel[(5, 3)](counter, out)
-        assert not gpu.findings
-        orders.append(out.tolist())
-    every = [x + 10 * y for x in range(5) for y in range(3)]
-    assert orders[0] == orders[1]
-    assert len({tuple(every), *map(tuple, orders)}) == 3
-    assert [sorted(order) for order in orders] == [sorted(every)] * 3
+def test_programs_run_in_an_order_of_the_seed():
+    last = []
+    for seed in (0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5):
+        x = torch.zeros(5, dtype=torch.int32)
+        with GpuSemantics(seed).active():
+            wrong_kernel[(5,)](x, x, x, 8, "all write one")
+        last.append(int(x[0]))
+    assert last[:6] == last[6:]
+    assert len(set(last)) > 2
 
 
 @triton.jit

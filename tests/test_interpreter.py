@@ -18,7 +18,7 @@ from gpu_semantics import GpuSemantics  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="starts processes that interpret")
 TESTS = Path(__file__).parent
-FILES = ("gpu_semantics", "attention", "paged", "triton_block", "triton_decode_topk", "triton_kernels")
+FILES = ("gpu_semantics", "attention", "paged", "triton_decode_topk", "triton_kernels")
 
 
 def run_in_the_interpreter(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
