@@ -473,7 +473,7 @@ SHAPES = [
     ),
     *(Shape(f"keys-{kind}".replace(" ", "-"), ("drop",), group=1, unequal=0.0, spoiled=kind) for kind in SPOILED),
     *(
-        Shape(f"keys-{kind}-softcap", ("drop",), softcap=3.0, spoiled=kind, sink_keys=0, recent_keys=0)
+        Shape(f"keys-{kind}-softcap", ROWS, softcap=3.0, spoiled=kind, sink_keys=0, recent_keys=0)
         for kind in ("infinite", "nan", "most far below")
     ),
     # Blocks: of other sizes, chosen by other rows, with rows that attend all.
@@ -543,7 +543,11 @@ SHAPES = [
             ("pages-alike", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "pages alike"}),
             ("equal-pages", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "all equal"}),
             *(
-                (f"decode-{kind}", "codes", {"group": 1, "queries": 3, "unequal": 0.0, "spoiled": kind})
+                (
+                    f"decode-{kind}",
+                    "codes, pages" if kind == "nan" else "codes",
+                    {"group": 1, "queries": 3, "unequal": 0.0, "spoiled": kind},
+                )
                 for kind in [*SPOILED][:-1]
             ),
             ("p32", "pages", {"keys": 331, "blocks": {"size": 32}, "budget": 90}),

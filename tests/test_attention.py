@@ -46,11 +46,13 @@ def test_described_cases_equal_the_reference(name, backend):
 
 @EACH
 @FP32_BF16
-@pytest.mark.parametrize("way", ["drop", "window", "block", "codes"])
+@pytest.mark.parametrize("way", ["drop", "window", "block", "codes", "pages"])
 def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_program(way, dtype, backend):
     """In kernels it may reach others of its tile too: only Triton's rows that share a program."""
-    queries, keys, of_way = {"block": (100, 130, {"budget": "full"}), "codes": (5, 130, {})}.get(way, (40, 53, {}))
-    case = Shape("broken", (), dtype, 1, 1, 3 if way == "codes" else 1, queries, keys, 80, **of_way).case()
+    few = WAYS[way].index is not None
+    group, queries, keys = (3, 5, 130) if few else (1, 100, 130) if way == "block" else (1, 40, 53)
+    budget = "full" if way == "block" else "law"
+    case = Shape("broken", (), dtype, 1, 1, group, queries, keys, 80, budget=budget).case()
     broken = [(keys - 5, 3, torch.nan), (keys - 2, 50, torch.inf)]
     if way == "block":  # in a tile that all rows see whole, and in two that some do not
         broken = [(3, 7, torch.inf), (60, 3, torch.nan), (101, 50, -torch.inf)]
@@ -65,7 +67,7 @@ def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_prog
     for key, column, _ in broken:
         assert expected[..., column].isnan().any()
         # The first row of the first program with a row that sees it; blocks of queries begin at multiples of 64.
-        first = {"block": key // 64 * 64 - (keys - queries), "codes": 0}.get(way, 0)
+        first = key // 64 * 64 - (keys - queries) if way == "block" else 0
         if backend == "triton" and way in ("drop", "window"):
             from nc_patch.ops.triton import launch
 
