@@ -12,7 +12,6 @@ from nc_patch import KeyIndex
 from nc_patch.budget import budget_of
 from nc_patch.functional import by_index
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals, visible_mask
-from nc_patch.ops.reference import final_scores, raw_scores
 from nc_patch.selections import Selection
 from nc_patch.selections.base import selection_class
 from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
@@ -77,11 +76,6 @@ class Case:
     def reference(self, way: str) -> AttentionResult:
         """What the float64 definition makes of the case."""
         return self.selection(way).reference(problem_of_case(self), WAYS[way].index == "pages")
-
-    def scores(self) -> torch.Tensor:
-        """q·k in float64, ``[B, Hq, Lq, Lk]``, scaled and soft-capped."""
-        problem = problem_of_case(self)
-        return final_scores(problem, raw_scores(problem))
 
     def unread(self, way: str, backend: str = "torch") -> torch.Tensor:
         """Positions that nothing may be read from, bool ``[B, 1, Lk, 1]``: what no query sees.
