@@ -111,12 +111,11 @@ class Case:
 
 
 def index_of(problem: Problem, kind: str, backend: str, new: int = 0, block_size: int = 16) -> KeyIndex:
-    """An index of what the rows of a problem see; one of pages or means has yet to take in the last ``new`` keys."""
-    key, end = problem.key, problem.visible[..., 1].amax(1)
-    codes, capacity = kind == "codes", key.shape[2] + 64
-    place = {"start": problem.visible[:, -1, 0] if codes else problem.origin[:, -1], "end": end if codes else end - new}
+    """An index of what the rows of a problem see, which has yet to take in the last ``new`` keys."""
+    start = problem.visible[:, -1, 0] if kind == "codes" else problem.origin[:, -1]
+    end, capacity = problem.visible[..., 1].amax(1) - new, problem.key.shape[2] + 64
     options = {"block_size": block_size, "capacity": capacity, "backend": backend}
-    return KeyIndex.build(key, kind, value=problem.value, **place, **options)
+    return KeyIndex.build(problem.key, kind, value=problem.value, start=start, end=end, **options)
 
 
 def check(

@@ -15,7 +15,7 @@ come in any order, the threads of one see each other's stores only past a barrie
 
 As a plugin it is active in every test, and a test with findings fails; ``GPU_SEMANTICS_SEED`` (0) is the seed:
 
-    TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest -p gpu_semantics tests/test_triton_block.py
+    TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest -p gpu_semantics tests/test_attention.py
 
 It replaces parts of the interpreter of Triton 3.7; ``test_gpu_semantics.py`` fails where another has them no more.
 """

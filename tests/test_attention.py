@@ -17,6 +17,7 @@ from nc_patch.ops import rows
 from nc_patch.ops.means import PageMeans, page_means, page_starts
 from nc_patch.ops.problem import AttentionResult
 from nc_patch.ops.reference import raw_scores
+from nc_patch.selections.index import extend
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 OTHERS = [backend for backend in BACKENDS if backend != "torch"]
@@ -171,12 +172,17 @@ def test_a_step_takes_its_keys_into_an_index_that_is_then_the_one_of_all_keys(wa
         case.origin[:], case.visible[1, :, 1] = 5, case.visible[1, :, 1] - 20
     case.visible[..., 0] = case.origin.clamp(min=0)
     case.budget = case.budget.minimum(case.rows)
-    taken, whole = (case.problem(way, backend, new=new) for new in (queries, 0))
+    taken = case.problem(way, backend, new=queries)
     if way == "pages":  # which may be views of something larger
+        whole = case.problem(way, backend)
         taken = taken._replace(key_index=tuple(torch.cat((x, x), 2)[:, :, : x.shape[2]] for x in taken.key_index))
     else:
-        means = (PageMeans(*index_of(whole, "means", backend, new).tensors()) for new in (queries, 0))
-        taken, whole, way = taken._replace(means=next(means)), whole._replace(means=next(means)), "codes with means"
+        taken = taken._replace(means=PageMeans(*index_of(taken, "means", backend, queries).tensors()))
+        copies = {
+            "key_index": tuple(x.clone() for x in taken.key_index),
+            "means": PageMeans(*map(torch.clone, taken.means)),
+        }
+        whole, way = extend(taken._replace(**copies), way, backend), "codes with means"
     found, expected = (case.selection(way).run(problem, backend) for problem in (taken, whole))
     torch.testing.assert_close(found.output, expected.output, atol=1e-6, rtol=1e-5)
     for b, (start, end) in enumerate(case.visible[:, -1].tolist()):
