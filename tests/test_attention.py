@@ -3,6 +3,7 @@
 ``test_interpreter.py`` runs this file in Triton's interpreter, and ``scripts/gpu_check.sh`` on a GPU.
 """
 
+import copy
 from dataclasses import replace
 from functools import cache
 
@@ -178,11 +179,7 @@ def test_a_step_takes_its_keys_into_an_index_that_is_then_the_one_of_all_keys(wa
         taken = taken._replace(key_index=tuple(torch.cat((x, x), 2)[:, :, : x.shape[2]] for x in taken.key_index))
     else:
         taken = taken._replace(means=PageMeans(*index_of(taken, "means", backend, queries).tensors()))
-        copies = {
-            "key_index": tuple(x.clone() for x in taken.key_index),
-            "means": PageMeans(*map(torch.clone, taken.means)),
-        }
-        whole, way = extend(taken._replace(**copies), way, backend), "codes with means"
+        whole, way = extend(copy.deepcopy(taken), way, backend), "codes with means"
     found, expected = (case.selection(way).run(problem, backend) for problem in (taken, whole))
     torch.testing.assert_close(found.output, expected.output, atol=1e-6, rtol=1e-5)
     for b, (start, end) in enumerate(case.visible[:, -1].tolist()):
