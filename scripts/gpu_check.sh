@@ -151,7 +151,7 @@ fi
 # What matters most comes first; time that a step leaves over goes to the next.
 if [ "$PART" = prefill ]; then
     GLOBIGNORE=tests/test_triton_graphs.py
-    run_tests tests 205 tests/test_triton_*.py
+    run_tests tests 205 tests/test_{attention,paged,triton_*}.py
     bench 345 prefill "${MODEL[@]}" --selections block
 else
     run_tests graphs 120 tests/test_triton_graphs.py

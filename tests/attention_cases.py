@@ -1,17 +1,20 @@
 """Attention problems of every shape, made from a seed or described, and what every way of attending is held to."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from operations import assert_close, hull_of, problem_of_case, selection_of
+from operations import assert_close, device_of, problem_of_case
 
 from nc_patch import KeyIndex
+from nc_patch.budget import budget_of
 from nc_patch.functional import by_index
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals, visible_mask
-from nc_patch.ops.reference import final_scores, raw_scores
 from nc_patch.selections import Selection
+from nc_patch.selections.base import selection_class
+from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -34,12 +37,17 @@ WAYS = {
     "codes with means": Way("topk", "codes", "mean"),
     "pages": Way("block", "pages"),
 }
-BLOCK_OPTIONS = ("block_size", "query_block_size", "sample_stride", "local_keys", "min_mass", "max_factor")
 
 
 @dataclass
 class Case:
-    """Inputs of an operation, and the settings that go with them."""
+    """Inputs of an operation, and the settings that go with them.
+
+    Attributes:
+        options: those of every selection, by name.
+        law: the arguments of ``sparse_attention`` from which the budget follows, where it does.
+        exact: float32 holds every score, so that ties are ties in every arithmetic.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -50,33 +58,24 @@ class Case:
     sinks: torch.Tensor | None
     scale: float
     softcap: float
-    sink_keys: int
-    recent_keys: int
-    block_size: int = 16
-    query_block_size: int = 64
-    sample_stride: int | None = 16
-    local_keys: int = 0
-    min_mass: float | None = None
-    max_factor: float = 4.0
+    options: dict[str, Any]
+    law: dict[str, Any] = field(default_factory=dict)
+    exact: bool = False
 
     @property
     def rows(self) -> torch.Tensor:
         """How many keys each query sees, int32 ``[B, 1, Lq]``."""
         return (self.visible[..., 1] - self.visible[..., 0])[:, None]
 
-    def selection(self, way: str, **options: Any) -> Selection:
-        """The selection of a way, with the case's options or others."""
-        given = {name: getattr(self, name) for name in ("sink_keys", "recent_keys", *BLOCK_OPTIONS)}
-        return selection_of(WAYS[way].selection, tail=WAYS[way].tail == "mean", **given | options)
+    def selection(self, way: str) -> Selection:
+        """The selection of a way, with the case's options."""
+        kind = selection_class(WAYS[way].selection)
+        given = self.options | {"tail": WAYS[way].tail}
+        return kind(**{name: given[name] for name in kind.options if name in given})
 
     def reference(self, way: str) -> AttentionResult:
         """What the float64 definition makes of the case."""
         return self.selection(way).reference(problem_of_case(self), WAYS[way].index == "pages")
-
-    def scores(self) -> torch.Tensor:
-        """q·k in float64, ``[B, Hq, Lq, Lk]``, scaled and soft-capped."""
-        problem = problem_of_case(self)
-        return final_scores(problem, raw_scores(problem))
 
     def unread(self, way: str, backend: str = "torch") -> torch.Tensor:
         """Positions that nothing may be read from, bool ``[B, 1, Lk, 1]``: what no query sees.
@@ -86,33 +85,42 @@ class Case:
         visible = self.visible
         if WAYS[way].tail == "mean" or WAYS[way].index == "pages":
             visible = torch.stack((self.origin.amin(1), visible[..., 1].amax(1)), -1)[:, None]
-        elif (way, backend) == ("block", "cpu"):  # which read what lies between the keys of a block's queries
-            visible = hull_of(visible)
+        elif (way, backend) == ("block", "cpu") and visible.numel():  # which read what lies between
+            first = visible[..., 0].masked_fill(self.rows[:, 0] <= 0, self.key.shape[2]).amin(1)
+            visible = torch.stack((first, visible[..., 1].masked_fill(self.rows[:, 0] <= 0, 0).amax(1)), -1)[:, None]
         return ~visible_mask(visible, self.key.shape[2]).any(2)[:, 0, None, :, None]
 
-    def problem(self, way: str, backend: str = "torch", device: str = "cpu", new: int = 0, **more: Any) -> Problem:
+    def problem(self, way: str, backend: str = "torch", new: int = 0, **more: Any) -> Problem:
         """The problem of a way, with NaN where nothing may be read; its index has yet to take in ``new`` keys."""
-        problem = problem_of_case(self, device, **more)
-        unread = self.unread(way, backend).to(device)
+        problem = problem_of_case(self, device_of(backend), **more)
+        unread = self.unread(way, backend).to(problem.key.device)
         nan = {name: getattr(problem, name).masked_fill(unread, torch.nan) for name in ("key", "value")}
         problem, kind = problem._replace(**nan), WAYS[way].index
         if kind is None:
             return problem
-        end = problem.visible[..., 1].amax(1)
-        start = problem.origin[:, -1] if kind == "pages" else problem.visible[:, -1, 0]
-        index = KeyIndex.build(
-            problem.key, kind, start=start, end=end - new, block_size=self.block_size, backend=backend,
-            capacity=self.key.shape[2] + 64,
-        )  # fmt: skip
-        for b, last in enumerate(end.tolist()):
-            for part in index.tensors()[:3] if kind == "codes" else ():  # the new keys have no codes yet
-                part[b, :, last - new :] = 0
+        index = index_of(problem, kind, backend, new, self.options["size"])
+        for b, end in enumerate(problem.visible[..., 1].amax(1).tolist()):
+            for part in index.tensors()[:3] if kind == "codes" else ():  # those of the new keys may be anything yet
+                part[b, :, end - new :] = 77
         return by_index(problem, index, max(int(self.budget.max()), 1) if self.budget.numel() else 1)._replace(new=new)
+
+    def run(self, way: str, backend: str, **more: Any) -> AttentionResult:
+        """What a backend makes of the case, on the CPU; ``more`` as for ``problem``."""
+        result = self.selection(way).run(self.problem(way, backend, **more), backend)
+        return AttentionResult(*(t if t is None else t.cpu() for t in result))
+
+
+def index_of(problem: Problem, kind: str, backend: str, new: int = 0, block_size: int = 16) -> KeyIndex:
+    """An index of what the rows of a problem see, which has yet to take in the last ``new`` keys."""
+    start = problem.visible[:, -1, 0] if kind == "codes" else problem.origin[:, -1]
+    end, capacity = problem.visible[..., 1].amax(1) - new, problem.key.shape[2] + 64
+    options = {"block_size": block_size, "capacity": capacity, "backend": backend}
+    return KeyIndex.build(problem.key, kind, value=problem.value, start=start, end=end, **options)
 
 
 def check(
-    way: str, case: Case, backend: str = "torch", device: str = "cpu", expected: AttentionResult | None = None,
-    new: int = 0, tolerance: float | None = None, stats: bool = True, bounds: bool = False,
+    way: str, case: Case, backend: str = "torch", expected: AttentionResult | None = None, new: int = 0,
+    tolerance: float | None = None, stats: bool = True, bounds: bool = False,
 ) -> AttentionResult:  # fmt: skip
     """Fails unless a backend gives the reference's numbers; returns what it gives, on the CPU.
 
@@ -120,8 +128,7 @@ def check(
     bounds of it, with ``bounds``).
     """
     expected = case.reference(way) if expected is None else expected
-    problem = case.problem(way, backend, device, new, stats=stats, bounds=bounds)
-    result = AttentionResult(*(t if t is None else t.cpu() for t in case.selection(way).run(problem, backend)))
+    result = case.run(way, backend, new=new, stats=stats, bounds=bounds)
     dtype = case.query.dtype
     assert result.output.dtype == dtype
     assert_close(result.output, expected.output, TOLERANCE[dtype] if tolerance is None else tolerance)
@@ -158,56 +165,128 @@ def assert_contains(bounds: torch.Tensor, kept_mass: torch.Tensor) -> None:
     assert (bounds[..., 1].double() >= kept_mass)[known].all()
 
 
-def random_case(seed: int, longest: int = 150, dtype: torch.dtype = torch.float32, decode: bool = False) -> Case:
-    """A case in which everything may vary: lengths, heads, intervals, budgets, ties, soft-cap, sinks, block options.
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+LAYOUTS = ("contiguous", "transposed", "rows apart", "expanded 0", "expanded 1", "expanded 2")
+# What the Triton kernels refuse by name: columns that do not lie side by side.
+COLUMN_LAYOUTS = ("columns apart", "columns first", "expanded 3")
 
-    Every interval lies within its sequence. In some cases rows that see few keys have a budget of all of them. With
-    ``decode`` a sequence has at most five queries, and is the only one of its row of the batch.
+
+def random_case(
+    seed: object, longest: int = 150, dtype: torch.dtype | None = torch.float32, decode: bool = False, *,
+    queries: int = 1000, odd: bool = False, broken: bool = False, layouts: tuple[str, ...] = LAYOUTS[:1],
+) -> Case:  # fmt: skip
+    """A case in which everything may vary: lengths, heads, intervals, laws, ties, soft-cap, sinks, block options.
+
+    Every interval lies within its sequence.
+
+    Args:
+        longest, queries: at most so many keys and queries. dtype: any where it is None.
+        decode: each sequence has few queries, and is the only one of its row of the batch.
+        odd: sizes of none, large head dimensions and scores, and settings without measure are drawn too.
+        broken: with NaN and infinities in places. layouts: how tensors may lie in memory.
     """
-    g = torch.Generator().manual_seed(seed)
-    pick = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=g))  # noqa: E731
-    B, Hkv, group, D, Dv = pick(1, 3), pick(1, 3), pick(1, 5), pick(1, 20), pick(1, 20)
-    Lk = pick(1, longest)
-    Lq = pick(1, min(Lk, 5) if decode else Lk)
-    Hq = Hkv * group
-    query, key, value = (
-        torch.randn(B, heads, length, width, generator=g)
-        for heads, length, width in ((Hq, Lq, D), (Hkv, Lk, D), (Hkv, Lk, Dv))
-    )
-    if pick(0, 2) == 0:  # scores on a grid: many ties, and none of them by rounding
-        query, key = query.round(), key.round()
-    query, key, value = (t.to(dtype) for t in (query, key, value))
-
-    visible = causal_intervals(B, Lq, Lk, "cpu").clone()
-    origin = torch.zeros(B, Lq, dtype=torch.int32)
-    kind = pick(0, 3 if decode else 4)
-    if kind == 1:  # left padding
-        origin += torch.randint(0, Lk + 1, (B, 1), generator=g, dtype=torch.int32)
-        visible[..., 0] = torch.minimum(origin, visible[..., 1])
-    elif kind == 2:  # sliding window
-        visible[..., 0] = (visible[..., 1] - pick(1, 60)).clamp(min=0)
-    elif kind == 3:  # any interval, empty ones too
-        visible = torch.randint(0, Lk + 1, (B, Lq, 2), generator=g).sort(-1).values.to(torch.int32)
-        origin += visible[..., 0].amin(1, keepdim=True)
-    elif kind == 4:  # packed sequences
-        borders = torch.randint(0, Lk, (4,), generator=g, dtype=torch.int32).sort().values
-        borders[0] = 0
-        origin = borders[torch.searchsorted(borders, visible[..., 1].contiguous() - 1, right=True) - 1]
-        visible[..., 0] = origin
-    n = (visible[..., 1] - visible[..., 0])[:, None]
-    share = torch.rand(B, Hq if pick(0, 3) == 0 else 1, Lq, generator=g)
-    budget = (share * share * (n + 1)).floor().clamp(min=1).minimum(n).to(torch.int32)
-    if pick(0, 2) == 0:
-        budget = torch.where(n <= pick(1, longest), n, budget)
-    sinks = torch.randn(Hq, generator=g) if pick(0, 2) == 0 else None
-    scale, softcap = (0.125, 0.3)[pick(0, 1)], (0.0, 3.0)[pick(0, 1)]
+    rng = random.Random(str(seed))
+    g = torch.Generator().manual_seed(rng.randrange(2**31))
+    pick = lambda plain, *other: rng.choice((*plain, *other) if odd else plain)  # noqa: E731
+    dtype = dtype or rng.choice((torch.float32, torch.bfloat16, torch.float16))
+    B = pick((1, 1, 2) if broken else (1, 1, 1, 2, 2, 3), *(0,) * (not broken))
+    Hkv, group = rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 3, 4, 5, 7, 8))
+    Hq, D = Hkv * group, pick([rng.randint(1, 40) for _ in range(14)], *HEAD_DIMS)
+    Dv = rng.choice((D, D, rng.randint(1, 24)))
+    Lk = min(longest, pick((1, 2, 15, 16, 17, 63, 64, 65, *(rng.randint(1, longest) for _ in range(20))), 0))
+    kinds = ("causal", "causal", "padded", "sliding", "any", "any", "empty", "full")
+    kind = rng.choice(kinds if decode else (*kinds, "packed"))
+    Lq = pick((1, Lk, *(rng.randint(1, max(1, Lk)) for _ in range(2))), *(0,) * (not decode))
+    if kind in ("any", "empty", "full"):
+        Lq = rng.choice((Lq, rng.randint(1, 40)))
+    Lq = min(max(Lq, 1), 32 if odd else 5, queries) if decode else min(Lq, queries)
+    exact = rng.random() < 0.5
+    tensors = []
+    for heads, length, width in ((Hq, Lq, D), (Hkv, Lk, D), (Hkv, Lk, Dv)):
+        values = torch.randn((B, heads, length, width), generator=g)
+        tensor = ((2 * values).round().clamp(-7, 7) / 2 if exact else values).to(dtype)
+        for _ in range(rng.randint(0, 3) if broken and tensor.numel() else 0):
+            tensor[tuple(rng.randrange(size) for size in tensor.shape)] = rng.choice((torch.nan, torch.inf, -torch.inf))
+        layout = rng.choice(layouts)
+        # Equal keys tie, and with free values rounding would decide which of them come first.
+        tensors.append(tensor if layout == "expanded 2" and not exact else laid_out(tensor, layout))
+    visible, origin = random_intervals(rng, g, kind, (B, Lq, Lk), decode)
+    factor = lambda: pick((1.0, 2.0, 4.0, rng.uniform(0.1, 9.0)), 0.1, 1e-30, 1e30)  # noqa: E731
+    exponent = lambda: pick((0.0, 0.5, rng.random()), 1.0)  # noqa: E731
+    laws = Hq if rng.random() < 0.3 else 1
+    alphas, exponents = [factor() for _ in range(laws)], [exponent() for _ in range(laws)]
+    limits = {"min_keys": pick((1, 1, 1, rng.randint(1, 40)), 10**9)}
+    limits["dense_below"] = pick((0, 0, 0, rng.randint(0, 260)), 10**6)
+    seen = (visible[..., 1] - visible[..., 0]).tolist()
+    budget = [
+        [[budget_of(n, *law, **limits) for n in rows] for law in zip(alphas, exponents, strict=True)] for rows in seen
+    ]
+    sinks = torch.randn(2 * Hq, generator=g)[::2].to(rng.choice((torch.float32, dtype)))
+    # Among broken values scores stay so small that no weight vanishes in float32.
+    scale = rng.choice((D**-0.5, 0.02)) if broken else pick((D**-0.5, D**-0.5, 0.125), 0.3, 1.0)
     return Case(
-        *(query, key, value, visible, origin, budget, sinks, scale, softcap, pick(0, 5), pick(0, 5)),
-        block_size=(16, 32)[pick(0, 1)],
-        query_block_size=(32, 64, 64, 128)[pick(0, 3)],
-        sample_stride=(None, None, 1, 4, 16, 64)[pick(0, 5)],
-        local_keys=(0, 16, 64, 100)[pick(0, 3)],
-    )
+        *tensors, visible, origin, torch.tensor(budget, dtype=torch.int32).view(B, laws, Lq),
+        sinks if rng.random() < 0.3 else None, scale, 0.0 if broken else pick((0.0, 0.0, 3.0), 50.0),
+        {
+            "sink_keys": pick((4, 0, rng.randint(0, 5)), rng.randint(0, 20), 10**6),
+            "recent_keys": pick((1, 0, rng.randint(0, 5)), 10**6),
+            "size": pick((16, 32), *BLOCK_SIZES),
+            "query_block_size": rng.choice(QUERY_BLOCK_SIZES),
+            "sample_stride": rng.choice((None, None, *SAMPLE_STRIDES)),
+            "local_keys": pick((0, 0, 64, rng.randint(0, 260)), 10**6),
+            "min_mass": pick((None,), None, 0.5, 0.9),
+            "max_factor": pick((4.0,), 1.0, 1e300),
+        },
+        law={"alpha": alphas if laws > 1 else alphas[0], "C": exponents if laws > 1 else exponents[0], **limits},
+        exact=exact,
+    )  # fmt: skip
+
+
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values, or for an expanded layout some of them repeated, as a view of another layout.
+
+    What lies around the view in memory is NaN, so that reading beyond it shows.
+    """
+    B, H, L, D = tensor.shape
+    if layout in ("transposed", "columns first"):
+        axes = (1, 2) if layout == "transposed" else (2, 3)
+        return tensor.transpose(*axes).contiguous().transpose(*axes)
+    if layout == "contiguous" or not tensor.numel():
+        return tensor
+    if layout.startswith("expanded"):
+        return tensor.narrow(int(layout[-1]), 0, 1).expand(tensor.shape)
+    columns, rows = 2 if layout == "columns apart" else 1, 3 if layout == "rows apart" else 1
+    around = torch.full((B + 1, H + 1, rows * L + 2, columns * D + 3), torch.nan, dtype=tensor.dtype)
+    view = around[1:, 1:, 1 : 1 + rows * L : rows, 2 : 2 + columns * D : columns]
+    view.copy_(tensor)
+    return view
+
+
+def random_intervals(
+    rng: random.Random, g: torch.Generator, kind: str, sizes: tuple[int, int, int], one_origin: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Visible intervals and origins such that every interval lies within its own sequence; ``sizes``: B, Lq and Lk."""
+    B, Lq, Lk = sizes
+    visible = causal_intervals(*sizes, "cpu").clamp(max=Lk)
+    end, origin = visible[..., 1], torch.zeros(B, Lq, dtype=torch.int32)
+    if kind == "padded":
+        origin = torch.randint(0, Lk + 1, (B, 1), generator=g, dtype=torch.int32).expand(B, Lq)
+        visible[..., 0] = torch.minimum(origin, end)
+    elif kind == "sliding":
+        visible[..., 0] = (end - rng.randint(1, 60)).clamp(min=0)
+        origin -= 0 if one_origin else rng.choice((0, 0, rng.randint(0, 70)))
+    elif kind == "packed":
+        first, second = sorted(rng.randrange(max(Lk, 1)) for _ in range(2))
+        origin = torch.where(end > second, second, torch.where(end > first, first, 0)).to(torch.int32)
+        visible[..., 0] = torch.minimum(origin, end)
+    elif kind == "empty":
+        visible = torch.randint(0, Lk + 1, (B, Lq, 1), generator=g, dtype=torch.int32).expand(B, Lq, 2)
+    elif kind == "full":
+        visible[...] = torch.tensor([0, Lk])
+    elif kind == "any":
+        visible = torch.randint(0, Lk + 1, (B, Lq, 2), generator=g).sort(-1).values.to(torch.int32)
+        origin += visible[..., 0].amin(1, keepdim=True) if one_origin else -rng.choice((0, rng.randint(0, 40)))
+    return visible.contiguous(), origin.contiguous()
 
 
 def every(step: int, key: torch.Tensor) -> torch.Tensor:
@@ -226,25 +305,21 @@ HARD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "heavy tails": lambda key: key.pow(5).round(),
     "clustered": lambda key: key * 0.125 + key[:, :, :1].round() * (torch.arange(key.shape[2]) % 3)[:, None],
 }
+# Keys along one axis, where no order of summation changes which score is larger.
+SPOILED = {name: HARD[name] for name in ("all equal", "one outlier a page", "huge norms", "denormals")} | {
+    "signed zeros": lambda key: torch.where(every(2, key), -0.0, key * 0),
+    "far apart": lambda key: key * torch.logspace(-30, 16, key.shape[2])[:, None],
+    "infinite": lambda key: key.index_fill(2, torch.tensor([11, 30]), torch.inf).index_fill(
+        2, torch.tensor(12), -torch.inf
+    ),
+    # Beside the lowest that are attended the differences between the highest are lost in float32.
+    "most far below": lambda key: torch.where(every(4, key), key, -1e20 * (1 + key.abs())),
+    "nan": lambda key: key.index_fill(2, torch.tensor([11, 40]), torch.nan),
+    "pages alike": lambda key: (torch.arange(key.shape[2]) // 16 % 3)[:, None] * 0.25 + key * 0,
+}
 KINDS = [*HARD.values()]
 # Page weights of the others lie further apart than float32 can hold, or logits closer than its rounding.
 PAGE_KINDS = [HARD[name] for name in ("all equal", "huge norms", "denormals", "heavy tails", "clustered")]
-
-
-def peaked(seed: int, B: int, n: int, Hq: int = 4, Hkv: int = 2, D: int = 16) -> tuple[torch.Tensor, ...]:
-    """Query, key and value whose attention is sparse: keys drift slowly, and some queries repeat an early key."""
-    g = torch.Generator().manual_seed(seed)
-    drift = torch.randn(B, Hkv, n, D, generator=g).cumsum(2)
-    key = drift / drift.norm(dim=-1, keepdim=True) * 4 + torch.randn(B, Hkv, n, D, generator=g) * 0.3
-    query = key.repeat_interleave(Hq // Hkv, 1) + torch.randn(B, Hq, n, D, generator=g)
-    query[:, :, n // 2 :: 3] = query[:, :, : n - n // 2 : 3]
-    return query, key, torch.randn(B, Hkv, n, D, generator=g)
-
-
-def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖result − expected‖ / ‖expected‖ in float64; NaN where either is."""
-    result, expected = result.double(), expected.double()
-    return float((result - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 @dataclass(frozen=True)
@@ -254,11 +329,15 @@ class Shape:
     Attributes:
         intervals: ``"causal"``, ``"padding"`` on the left, ``"packed"`` sequences, a ``"sliding"`` window, the keys of
             a ``"cache"`` that has dropped the first of its sequences, the beginning of a ``"static"`` cache, ``"both"``
-            directions, ``"ragged"`` rows of which some are empty, or ``"empty"`` ones.
+            directions, ``"ragged"`` rows of which some are empty, ``"any"`` such rows of one sequence, ``"empty"``
+            ones, some in padded sequences (``"holes"``), rows ``"apart"``, with keys between them that none sees, or
+            where causal sequences end.
         budget: of a row with n keys: so many, ``"law"``, ``"full"``, ``"any"`` number, or any number ``"per_head"``.
         dense_below: rows that see no more keys attend all of them.
-        unequal: how unlike in size keys are, so that blocks differ in mass.
-        transposed: whether tensors lie in memory by position before head, as projections leave them.
+        sinks: drawn, or all of one number. unequal: how unlike in size keys are, so that blocks differ in mass.
+        tied: scores lie on a small grid and most tie, and the values of different keys are orthogonal. spoiled: which
+            of ``SPOILED`` the keys are.
+        layout: how tensors lie in memory, see ``laid_out``.
         blocks: the options of ``block``.
     """
 
@@ -272,15 +351,17 @@ class Shape:
     keys: int = 53
     head_dim: int = 64
     value_dim: int | None = None
-    intervals: str = "causal"
+    intervals: str | tuple[int, ...] = "causal"
     budget: int | str = "law"
     dense_below: int = 0
     softcap: float = 0.0
-    sinks: bool = False
+    sinks: bool | float = False
     sink_keys: int = 4
     recent_keys: int = 1
     unequal: float = 3.0
-    transposed: bool = False
+    tied: bool = False
+    spoiled: str | None = None
+    layout: str = "contiguous"
     blocks: dict[str, Any] = field(default_factory=dict)
 
     def case(self, seed: int = 0) -> Case:
@@ -296,9 +377,15 @@ class Shape:
             )
         )
         key = key * (1 + self.unequal * torch.rand(self.batch, self.kv_heads, self.keys, 1, generator=g) ** 4)
-        tensors = [t.to(self.dtype) for t in (query, key, value)]
-        if self.transposed:
-            tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+        if self.tied:
+            for tensor in (query, key):
+                tensor.zero_()[..., :3] = torch.randint(-1, 2, (*tensor.shape[:3], 3), generator=g)
+            value = torch.eye(self.keys).expand(*key.shape[:2], -1, -1)
+        if self.spoiled is not None:
+            query.zero_()[..., 0] = 1.5
+            key = SPOILED[self.spoiled](key)
+            key[..., 1:] = 0.0
+        tensors = [laid_out(t.to(self.dtype).contiguous(), self.layout) for t in (query, key, value)]
         visible, origin = self.intervals_of(g)
         n = (visible[..., 1] - visible[..., 0])[:, None]
         if isinstance(self.budget, int):
@@ -309,15 +396,19 @@ class Shape:
             share = torch.rand(self.batch, heads if self.budget == "per_head" else 1, self.queries, generator=g)
             budget = (share * (n + 1)).int().clamp(min=1).minimum(n)
         budget = torch.where(n <= self.dense_below, n, budget).contiguous()
-        sinks, keys = normal(heads) if self.sinks else None, (self.sink_keys, self.recent_keys)
-        return Case(*tensors, visible, origin, budget, sinks, self.head_dim**-0.5, self.softcap, *keys, **self.blocks)
+        sinks = normal(heads) if self.sinks is True else torch.full((heads,), self.sinks) if self.sinks else None
+        options = {"size": 16, "sample_stride": 16, "local_keys": 0}
+        options |= {"sink_keys": self.sink_keys, "recent_keys": self.recent_keys, **self.blocks}
+        return Case(*tensors, visible, origin, budget, sinks, self.head_dim**-0.5, self.softcap, options)
 
     def intervals_of(self, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """``visible`` and ``origin``."""
         kind, keys = self.intervals, self.keys
         visible = causal_intervals(self.batch, self.queries, keys, "cpu").clone()
         origin = torch.zeros_like(visible[..., 0])
-        if kind == "padding":
+        if isinstance(kind, tuple):
+            visible[..., 1] += torch.tensor(kind, dtype=torch.int32)[:, None] - keys
+        elif kind in ("padding", "holes"):
             origin += 13 * torch.arange(self.batch, dtype=torch.int32)[:, None]
         elif kind == "packed":
             for border in (keys // 8, keys // 4, keys * 3 // 4):
@@ -330,14 +421,19 @@ class Shape:
             visible[...] = torch.tensor([5, keys - 2])
         elif kind == "empty":
             visible[..., 1] = 0
-        elif kind == "ragged":
+        elif kind == "apart":
+            for first, interval in ((0, (2, 9)), (7, (40, 40)), (9, (12, 26)), (14, (26, 33))):
+                visible[:, first:] = torch.tensor(interval)
+        elif kind in ("ragged", "any"):
             visible = torch.randint(0, keys + 1, visible.shape, generator=g).sort(-1).values.to(torch.int32)
             visible[:, ::5] = 3
-            return visible, visible[..., 0].clone()
+            return visible, origin if kind == "any" else visible[..., 0].clone()
         if kind in ("sliding", "cache"):
             visible[..., 0] = visible[..., 1] - keys * (2 if kind == "sliding" else 4) // 5
         visible[..., 0] = torch.maximum(visible[..., 0], origin.clamp(min=0))
         visible[..., 1] = torch.maximum(visible[..., 1], visible[..., 0])
+        if kind == "holes":
+            visible[1, 0], visible[0, 1] = 25, 0
         return visible, origin
 
 
@@ -345,7 +441,7 @@ ROWS, ALL = ("drop", "window"), ("topk", "drop", "window", "block")
 BF16, FP16 = torch.bfloat16, torch.float16
 SHAPES = [
     Shape("plain", (*ALL, "dense")),
-    Shape("bf16-d80-g3-transposed", ALL, BF16, 1, 2, 3, 7, head_dim=80, transposed=True),
+    Shape("bf16-d80-g3-transposed", ALL, BF16, 1, 2, 3, 7, head_dim=80, layout="transposed"),
     Shape("fp16-d96-g5", ("drop",), FP16, group=5, head_dim=96, queries=7, sink_keys=0, recent_keys=0),
     Shape("bf16-d128-g7-left-padding", ROWS, BF16, 2, 1, 7, 9, head_dim=128, intervals="padding"),
     Shape("d192-narrow-values", ("drop", "block"), group=1, queries=23, head_dim=192, value_dim=128),
@@ -361,13 +457,25 @@ SHAPES = [
     Shape("full-budget", ALL, queries=17, keys=33, budget="full", sinks=True),
     Shape("forced-keys-fill-the-budget", ROWS, sink_keys=30, recent_keys=40, budget="any"),
     Shape("empty", (*ALL, "codes", "pages"), queries=3, intervals="empty", sinks=True),
+    Shape("no-query", ("drop", "block"), queries=0, sinks=True),
+    Shape("sinks-beyond-all-scores", tuple(WAYS), queries=5, sinks=120.0),
+    Shape("apart", ROWS, group=1, intervals="apart"),
+    *(
+        Shape(f"ties-{name}", ("topk", "drop"), dtype, 1, 2, 1, 30, budget="any", sink_keys=2, recent_keys=2, tied=True)
+        for name, dtype in (("fp32", torch.float32), ("bf16", BF16))
+    ),
+    *(Shape(f"keys-{kind}".replace(" ", "-"), ("drop",), group=1, unequal=0.0, spoiled=kind) for kind in SPOILED),
+    *(
+        Shape(f"keys-{kind}-softcap", ROWS, softcap=3.0, spoiled=kind, sink_keys=0, recent_keys=0)
+        for kind in ("infinite", "nan", "most far below")
+    ),
     # Blocks: of other sizes, chosen by other rows, with rows that attend all.
     *(
         Shape(name, ("block",), **{"queries": 150, "keys": 150, "head_dim": 32, "budget": 40, "blocks": blocks} | more)
         for name, blocks, more in (
-            ("b32-g3", {"block_size": 32}, {"dtype": FP16, "group": 3, "head_dim": 96, "queries": 70, "keys": 101}),
-            ("b64-q128", {"block_size": 64, "query_block_size": 128}, {"dtype": BF16, "queries": 50, "keys": 190}),
-            ("b128", {"block_size": 128}, {"dtype": BF16, "queries": 100, "keys": 300, "budget": 130, "softcap": 3.0}),
+            ("b32-g3", {"size": 32}, {"dtype": FP16, "group": 3, "head_dim": 96, "queries": 70, "keys": 101}),
+            ("b64-q128", {"size": 64, "query_block_size": 128}, {"dtype": BF16, "queries": 50, "keys": 190}),
+            ("b128", {"size": 128}, {"dtype": BF16, "queries": 100, "keys": 300, "budget": 130, "softcap": 3.0}),
             ("blocks-left-padding", {}, {"batch": 2, "intervals": "padding", "queries": 90, "keys": 110}),
             ("stride-1", {"sample_stride": 1, "query_block_size": 32}, {"queries": 70, "keys": 130}),
             ("stride-by-the-law", {"sample_stride": None, "local_keys": 16}, {"kv_heads": 2, "group": 1}),
@@ -388,6 +496,10 @@ SHAPES = [
                 {"min_mass": 0.97, "max_factor": 8.0},
                 {"keys": 300, "intervals": "sliding", "budget": 16},
             ),
+            ("rows-that-attend-none", {}, {"intervals": "any", "budget": 1, "queries": 88, "keys": 88}),
+            ("equal-blocks", {}, {"group": 1, "queries": 20, "keys": 260, "budget": 80, "spoiled": "all equal"}),
+            ("nan-block", {}, {"group": 1, "intervals": "packed", "budget": "full", "spoiled": "nan"}),
+            ("infinite-block", {}, {"group": 1, "intervals": "packed", "budget": "full", "spoiled": "infinite"}),
         )
     ),
     # Decoding: few queries, of sequences with one origin each.
@@ -407,15 +519,32 @@ SHAPES = [
             ("decode-d192", "codes, pages", {"head_dim": 192, "value_dim": 40, "group": 1}),
             ("decode-bf16-d256", "codes", {"dtype": BF16, "head_dim": 256, "softcap": 5.0, "keys": 70}),
             ("decode-ragged", "codes", {"batch": 2, "queries": 5, "intervals": "ragged", "budget": "any"}),
+            (
+                "decode-holes",
+                "codes, pages",
+                {"batch": 2, "queries": 3, "keys": 60, "intervals": "holes", "sinks": True},
+            ),
             ("decode-sliding", "codes, codes with means, pages", {"queries": 5, "intervals": "sliding"}),
             ("decode-cache", "pages", {"queries": 2, "intervals": "cache"}),
             ("decode-static", "codes, pages", {"intervals": "static", "batch": 2}),
             ("decode-full-budget", "codes, pages", {"budget": "full", "keys": 77}),
             ("decode-forced-keys", "codes", {"sink_keys": 40, "recent_keys": 50, "budget": "any", "queries": 3}),
             ("budget-of-one", "codes, pages", {"budget": 1}),
+            ("decode-columns-first", "codes, pages", {"queries": 2, "layout": "columns first"}),
             ("wide-group", "pages", {"group": 19, "budget": 40}),
-            ("p32", "pages", {"keys": 331, "blocks": {"block_size": 32}, "budget": 90}),
-            ("p64-transposed", "pages", {"keys": 350, "blocks": {"block_size": 64}, "budget": 130, "transposed": True}),
+            ("decode-ties", "codes", {"queries": 6, "group": 2, "kv_heads": 2, "budget": "per_head", "tied": True}),
+            ("pages-alike", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "pages alike"}),
+            ("equal-pages", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "all equal"}),
+            *(
+                (
+                    f"decode-{kind}",
+                    "codes, pages" if kind == "nan" else "codes",
+                    {"group": 1, "queries": 3, "unequal": 0.0, "spoiled": kind},
+                )
+                for kind in [*SPOILED][:-1]
+            ),
+            ("p32", "pages", {"keys": 331, "blocks": {"size": 32}, "budget": 90}),
+            ("p64-transposed", "pages", {"keys": 350, "blocks": {"size": 64}, "budget": 130, "layout": "transposed"}),
         )
     ),
 ]

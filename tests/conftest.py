@@ -45,19 +45,22 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def device(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where kernels run; memory that is only allocated holds NaN, so that whatever a kernel leaves out shows.
-
-    In the interpreter tiles are small, so that short inputs cross many.
-    """
+def small_tiles(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter tiles are small, so that short inputs cross many; anywhere memory is poisoned."""
     from operations import INTERPRETED  # imports the library, which not all tests need
 
-    if not INTERPRETED:
-        return "cuda"
-    from interpreted import small_sizes
+    if INTERPRETED:
+        from interpreted import small_sizes
 
-    small_sizes(monkeypatch)
-    return "cpu"
+        small_sizes(monkeypatch)
+
+
+@pytest.fixture
+def device(small_tiles: None) -> str:
+    """Where Triton's kernels run."""
+    from operations import device_of
+
+    return device_of("triton")
 
 
 # What takes longest, the longest first: begun last, one of them would keep one worker busy when the other is done.

@@ -1,15 +1,17 @@
-"""Sizes for Triton's interpreter."""
+"""Sizes for Triton's interpreter, by which short inputs cross many tiles."""
 
 import pytest
 import torch
 
+from nc_patch.ops.problem import Problem
+from nc_patch.ops.triton import launch
+from nc_patch.selections.block import decode as block_decode
+from nc_patch.selections.block import prefill
+from nc_patch.selections.topk import decode, plan
+
 
 def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes by which short inputs cross many tiles."""
-    from small_plans import plan_with
-
-    from nc_patch.ops.triton import launch
-    from nc_patch.selections.block import decode, prefill
+    """Small tiles and plans everywhere."""
 
     def tiles(_, dtype, *sizes):
         return launch.Tiles(16, 32, 4, 1, 32 if dtype == torch.float32 else None)
@@ -23,5 +25,21 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "block_tiles", block_tiles)
     for name, size in (("_BLOCKS_AT_ONCE", 8), ("_RANKS_AT_ONCE", 16), ("_SEGMENT", 64)):
         monkeypatch.setattr(prefill, name, size)
-    monkeypatch.setattr(decode, "_CHOOSE_AT_ONCE", 4)
+    monkeypatch.setattr(block_decode, "_CHOOSE_AT_ONCE", 4)
     plan_with(monkeypatch)
+
+
+def plan_with(monkeypatch: pytest.MonkeyPatch, splits: int = 2) -> None:
+    """Makes plans of decoding by codes of several tiles, splits and blocks for few keys."""
+
+    def small(problem: Problem, keys: int, architecture: str) -> plan.Plan:
+        made = plan.plan_for(problem, keys, architecture)
+        count, tile = min(made.splits, splits), 32
+        made = made._replace(
+            tile=tile, samples=64, samplers=1, held=128, splits=count, parts=count + made.parts - made.splits,
+            segment=plan.segment_of(keys, tile, count),
+        )  # fmt: skip
+        return plan.with_scratch(made, problem)
+
+    monkeypatch.setattr(decode, "plan_for", small)
+    monkeypatch.setattr(decode, "_STEPS", {})

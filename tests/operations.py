@@ -1,17 +1,24 @@
-"""Attention of loose tensors and settings, as tests call it: by an operation, an implementation, or in float64."""
+"""What tests of attention share: the backends that run here, problems of loose tensors, and comparisons."""
 
 from typing import Any
 
+import pytest
 import torch
 
 from nc_patch.ops import backends
-from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.rows import Rows
-from nc_patch.selections import Block, Selection, TopK
-from nc_patch.selections.base import selection_class
+from nc_patch.ops.problem import Problem
 
 # Whether kernels run in Triton's interpreter, which is settled when they are imported.
 INTERPRETED = bool(backends._triton_interprets())
+# The backends that run here without a GPU, and a mark that runs a test on each, and on a GPU where there is one.
+INSTALLED = ("triton",) if INTERPRETED else ("torch", "cpu") if backends.has_numba() else ("torch",)
+BACKENDS = [*INSTALLED, *(() if INTERPRETED else (pytest.param("triton", marks=pytest.mark.gpu),))]
+EACH = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def device_of(backend: str) -> str:
+    """Where a backend runs."""
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -36,47 +43,11 @@ def problem_of(
     return Problem(*tensors, scale=scale, softcap=softcap or 0.0, sinks=sinks, **more)
 
 
-def selection_of(name: str, **options: Any) -> Selection:
-    """The selection of a name with those of the options that it has; ``tail`` is whether page means count."""
-    kind = selection_class({"pages": "block"}.get(name, name))
-    given = {"sink_keys": 0, "recent_keys": 0, **options, "tail": "mean" if options.get("tail") else "drop"}
-    chosen = kind(**{option: given[option] for option in kind.options if option in given})
-    if isinstance(chosen, Block):  # tests take smaller ones too
-        object.__setattr__(chosen, "size", options.get("block_size", chosen.size))
-    return chosen
-
-
-def reference_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, visible: torch.Tensor, budget: torch.Tensor,
-    selection: str, scale: float, softcap: float | None = None, sinks: torch.Tensor | None = None,
-    origin: torch.Tensor | None = None, **options: Any,
-) -> AttentionResult:  # fmt: skip
-    """Attention in float64, as a selection defines it; ``"pages"`` are blocks while decoding."""
-    problem = problem_of(query, key, value, visible, budget, sinks, scale=scale, softcap=softcap, origin=origin)
-    return selection_of(selection, **options).reference(problem, decode=selection == "pages")
-
-
-def topk_mask(
-    scores: torch.Tensor, visible: torch.Tensor, budget: torch.Tensor, sink_keys: int, recent_keys: int
-) -> torch.Tensor:
-    """Keys that ``topk`` attends by scores ``[B, H, Lq, Lk]``, bool of the same shape."""
-    chosen = TopK(sink_keys, recent_keys, "drop")
-    rows = (Rows(visible[b], budget[b], visible[b, :, 0], 0, 1) for b in range(len(scores)))
-    return torch.stack([chosen.keep(each, of) for each, of in zip(scores, rows, strict=True)])
-
-
 def problem_of_case(case: Any, device: str = "cpu", **more: Any) -> Problem:
     """The problem of an ``attention_cases.Case``, on a device."""
     tensors = (case.query, case.key, case.value, case.visible, case.budget, case.sinks)
     moved = (None if t is None else t.to(device) for t in tensors)
     return problem_of(*moved, scale=case.scale, softcap=case.softcap, origin=case.origin.to(device), **more)
-
-
-def hull_of(visible: torch.Tensor) -> torch.Tensor:
-    """From the first key that a query of a row of the batch sees to the last, int32 ``[B, 1, 2]``."""
-    start, end = visible.unbind(-1)
-    first = start.masked_fill(end <= start, torch.iinfo(torch.int32).max).amin(1)
-    return torch.stack((first, end.masked_fill(end <= start, 0).amax(1)), -1)[:, None]
 
 
 def assert_summarises(codes: torch.Tensor, scales: torch.Tensor, page: torch.Tensor) -> None:

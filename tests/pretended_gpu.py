@@ -15,18 +15,16 @@ from unittest import mock
 
 import torch
 import triton
-from recorded_launches import on_architecture
-from triton.backends.compiler import GPUTarget
+from recorded_launches import TARGETS, pretended
 from triton.compiler import compiler
-from triton.runtime.driver import driver
 
 from eval_tasks.bench.command import parser, settings_of
 from eval_tasks.bench.inputs import GEOMETRIES, Inputs
 from eval_tasks.bench.operator import sparse_step
 
 # An H100 or H200: shared memory and threads of a program, and the largest grid along each axis.
-_ARCHITECTURE, _SHARED, _THREADS = 90, 227 * 1024, 1024
-_GRID = (2**31 - 1, 65535, 65535)
+_TARGET, _THREADS = "sm_90", 1024
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
 # Indexes of more keys than that are not built: their memory is real.
 _MOST_KEYS = 1 << 20
 
@@ -52,21 +50,14 @@ def pretended_gpu() -> Iterator[list[Launch]]:
             self._name = metadata.name
 
         def __call__(self, x: int, y: int, z: int, *arguments: Any) -> None:
-            if x > _GRID[0] or y > _GRID[1] or z > _GRID[2]:
-                raise ValueError(f"{self._name}: a grid is at most {_GRID}, got {(x, y, z)}")
+            if any(size > limit for size, limit in zip((x, y, z), LARGEST_GRID, strict=True)):
+                raise ValueError(f"{self._name}: a grid is at most {LARGEST_GRID}, got {(x, y, z)}")
             launches.append(Launch(self._name, (x, y, z)))
 
-    pretended = SimpleNamespace(
-        utils=SimpleNamespace(load_binary=lambda *_: (object(), 1, 0, 0, _THREADS), unload_module=lambda *_: None),
-        launcher_cls=Launcher,
-        get_current_target=lambda: GPUTarget("cuda", _ARCHITECTURE, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda _: 0,
-    )
+    utils = SimpleNamespace(load_binary=lambda *_: (object(), 1, 0, 0, _THREADS), unload_module=lambda *_: None)
     with (
-        mock.patch.object(driver, "_active", pretended),
-        mock.patch.object(compiler, "max_shared_mem", return_value=_SHARED),
-        on_architecture(f"sm_{_ARCHITECTURE}"),
+        pretended(_TARGET, utils=utils, launcher_cls=Launcher),
+        mock.patch.object(compiler, "max_shared_mem", return_value=TARGETS[_TARGET].shared_limit),
     ):
         yield launches
 
@@ -100,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
 
             list(load_script("small_attention").small_calls(torch.device("cpu")))
     counts = Counter(launch.kernel for launch in launches)
-    print(f"pretended sm_{_ARCHITECTURE}, triton {triton.__version__}: {len(launches)} launches")
+    print(f"pretended {_TARGET}, triton {triton.__version__}: {len(launches)} launches")
     print("\n".join(f"{count:7} {kernel}" for kernel, count in sorted(counts.items())))
     if not launches:
         sys.exit("nothing was launched")

@@ -241,17 +241,31 @@ def library_kernels() -> set[Any]:
 
 
 @contextmanager
-def on_architecture(architecture: str) -> Iterator[None]:
-    """Within it ``nc_patch`` takes the CPU for a GPU of this architecture that Triton runs on."""
-    stand_ins = {"triton_problem": lambda device: None, "architecture_of": lambda device: architecture}
+def pretended(target: str, **driven: Any) -> Iterator[None]:
+    """Within it Triton and ``nc_patch`` take the CPU for a GPU of ``TARGETS``; ``driven`` are parts of its driver."""
+    gpu = SimpleNamespace(
+        get_current_target=lambda: TARGETS[target].gpu,
+        get_current_device=lambda: target,  # a device of its own, for what Triton keeps of each
+        get_current_stream=lambda _: 0,
+        **driven,
+    )
+    stand_ins = {"triton_problem": lambda device: None, "architecture_of": lambda device: target}
     modules = library_modules()
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(driver, "_active", gpu))
         for function, stand_in in stand_ins.items():
             having = [module for module in modules if hasattr(module, function)]
             if not having:
                 raise LookupError(f"nc_patch has no function {function} any more; name here what asks for the device")
             for module in having:
                 stack.enter_context(mock.patch.object(module, function, stand_in))
+        yield
+
+
+@contextmanager
+def hooked(target: str, hook: Callable[..., bool]) -> Iterator[None]:
+    """Within it launches are of a GPU that Triton takes for there; ``hook`` sees what each would compile."""
+    with pretended(target), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", hook):
         yield
 
 
@@ -283,22 +297,6 @@ def recorded(target: str, cases: Sequence[str] | None = None) -> dict[str, Launc
         for case in CASES if cases is None else cases:
             call(case)
     return launches
-
-
-@contextmanager
-def hooked(target: str, hook: Callable[..., bool]) -> Iterator[None]:
-    """Within it launches are of a GPU that Triton takes for there; ``hook`` sees what each would compile."""
-    pretended = SimpleNamespace(
-        get_current_target=lambda: TARGETS[target].gpu,
-        get_current_device=lambda: target,  # a device of its own, for what Triton keeps of each
-        get_current_stream=lambda _: 0,
-    )
-    with (
-        on_architecture(target),
-        mock.patch.object(driver, "_active", pretended),
-        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", hook),
-    ):
-        yield
 
 
 def _as_tuples(value: Any) -> Any:

@@ -1,142 +1,263 @@
-"""Every way of attending in PyTorch and in the kernels for CPUs, against the float64 definitions."""
+"""Every way of attending, and every index, on every backend, against the float64 definitions.
 
-import itertools
+``test_interpreter.py`` runs this file in Triton's interpreter, and ``scripts/gpu_check.sh`` on a GPU.
+"""
+
+import copy
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
-from attention_cases import DESCRIBED, KINDS, PAGE_KINDS, TOLERANCE, WAYS, check, random_case, relative_error
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from operations import problem_of_case
+from attention_cases import DESCRIBED, HARD, TOLERANCE, WAYS, Case, Shape, check, index_of, random_case
+from operations import BACKENDS, EACH, assert_close, assert_summarises, device_of, problem_of_case
+from tiny_models import random_ids, tiny_model
 
-from nc_patch import library
-from nc_patch.ops import rows as torch_rows
-from nc_patch.ops.backends import has_numba
-from nc_patch.ops.problem import Problem, causal_intervals
+from nc_patch import KeyIndex, patch_model
+from nc_patch.ops import rows
+from nc_patch.ops.means import PageMeans, page_means, page_starts
+from nc_patch.ops.problem import AttentionResult
 from nc_patch.ops.reference import raw_scores
-from nc_patch.selections import Block, TopK
+from nc_patch.selections.index import extend
 
-BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(not has_numba(), reason="needs Numba"))]
-INSTALLED = ("torch", "cpu") if has_numba() else ("torch",)
-EACH = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("way", WAYS)
-def test_random_cases_equal_the_reference(way):
-    for seed, dtype in enumerate([*TOLERANCE] * 16):
-        case = random_case(seed, 300 if way == "block" else 150, dtype, decode=WAYS[way].index is not None)
-        expected = case.reference(way)
-        for backend, stats in itertools.product(INSTALLED, (True, False)):
-            check(way, case, backend, expected=expected, stats=stats, bounds=WAYS[way].index == "codes" and not stats)
+pytestmark = pytest.mark.usefixtures("small_tiles")
+OTHERS = [backend for backend in BACKENDS if backend != "torch"]
+FP32_BF16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("name", DESCRIBED)
-def test_described_cases_equal_the_reference(name):
+@cache
+def described(name: str) -> tuple[Case, AttentionResult]:
+    """A case and its reference."""
     shape, way = DESCRIBED[name]
     case = shape.case()
-    expected = case.reference(way)
-    for backend in INSTALLED:
-        check(way, case, backend, expected=expected)
-
-
-@given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1), st.integers(0, 5))
-@settings(max_examples=100, deadline=None, derandomize=True)
-def test_topk_chooses_the_references_keys_whatever_they_are_and_codes_bound_the_kept_mass(seed, kind, new):
-    case = random_case(seed, decode=True)
-    pad = -case.query.shape[-1] % 16 if seed % 3 else 0  # whole vectors of codes, or keys themselves
-    case.query, case.key = (torch.nn.functional.pad(t, (0, pad)) for t in (case.query, case.key))
-    if kind in (1, 5, 6):
-        case.query = (case.query * 4).round()
-    case.key = KINDS[kind](case.key)
-    # What float32 rounds off a large logit; of still larger ones a single key has all of the softmax.
-    largest = float((case.scale * raw_scores(problem_of_case(case))).abs().max())
-    tolerance = 1e-5 + (5e-7 * largest if largest < 1e5 else 0.0)
-    new = min(new, case.query.shape[2], int((case.visible[:, -1, 1] - case.visible[:, 0, 0]).min()))
-    expected = case.reference("codes")
-    for backend in INSTALLED:
-        for bounds in (False, True):
-            given = {"new": max(new, 0), "stats": False, "bounds": bounds, "tolerance": tolerance}
-            check("codes", case, backend, expected=expected, **given)
-        check("drop", case, backend, expected=expected, stats=False, tolerance=tolerance)
-
-
-@pytest.mark.parametrize("kind", [None, *PAGE_KINDS])
-def test_pages_are_chosen_and_attended_as_defined_whatever_the_keys_are(kind):
-    for seed in range(24):
-        case = random_case(seed, decode=True)
-        case.key = case.key if kind is None else kind(case.key)
-        given = {"stats": kind is None and seed % 2 == 0, "tolerance": None if kind is None else 1e-4}
-        new = seed % 4 if bool((case.origin == 0).all()) else 0
-        for backend in INSTALLED:
-            check("pages", case, backend, expected=case.reference("pages"), new=new, **given)
-
-
-@pytest.mark.skipif(not has_numba(), reason="needs Numba")
-@pytest.mark.parametrize("way", ["drop", "window", "codes", "pages"])
-@pytest.mark.parametrize("where", ["key", "value"])
-def test_nan_and_inf_reach_the_rows_that_attend_them_and_no_number_is_wrong(way, where):
-    """In the compiled kernels, where a value may reach more rows; ``test_fuzz.py`` holds PyTorch to the reference."""
-    reached = 0
-    for seed, what in enumerate([torch.nan, torch.inf, -torch.inf] * 5):
-        case = random_case(seed, 60, decode=WAYS[way].index is not None)
-        case.softcap = 0.0
-        tensor = getattr(case, where)
-        tensor[0, 0, tensor.shape[2] // 2, 0] = what
-        expected = case.reference(way).output
-        output = case.selection(way).run(case.problem(way), "cpu").output.double()
-        reached += bool(expected.isnan().any())
-        assert not bool((output.isfinite() & ~expected.isfinite()).any()), seed
-        if where == "key":
-            assert torch.equal(output.isnan(), expected.isnan()), seed
-        sound = output.isfinite() & expected.isfinite()
-        torch.testing.assert_close(output[sound], expected[sound], atol=1e-4, rtol=1e-5)
-    assert reached
+    return case, case.reference(way)
 
 
 @EACH
-@pytest.mark.parametrize("way", WAYS)
-def test_a_sink_beyond_all_scores_leaves_the_statistics_right(way, backend):
-    case = random_case(4, decode=WAYS[way].index is not None)
-    case.sinks = torch.full((case.query.shape[1],), 120.0)
-    check(way, case, backend)
-
-
-@pytest.mark.parametrize("way", ["drop", "window", "block"])
-def test_many_chunks_equal_one(way, monkeypatch):
-    case = random_case(5)
-    case.min_mass = 0.91
-    whole = case.selection(way).run(problem_of_case(case), "torch")
-    monkeypatch.setattr(torch_rows, "SCORES_PER_BLOCK", 64)
-    parts = case.selection(way).run(problem_of_case(case), "torch")
-    assert relative_error(parts.output, whole.output) < 1e-6
-    if way == "block":
-        assert torch.equal(parts.attended, whole.attended)
-        assert torch.equal(parts.enlarged, whole.enlarged)
-
-
-@pytest.mark.parametrize("way", ["topk", "window", "dense", "block"])
-def test_custom_ops_keep_the_contract_of_torch(way):
-    for backend in INSTALLED:  # the kernels for CPUs have no gradient, and return what compiled graphs expect
-        case = random_case(8, longest=40)
-        for t in (case.query, case.key, case.value):
-            t.requires_grad_(backend == "torch")
-        problem, chosen = problem_of_case(case, stats=True), case.selection(way)
-        arguments = (problem.tensors(), *library.arguments(chosen, problem, backend))
-        utils = {} if backend == "torch" else {"test_utils": "test_faketensor"}
-        torch.library.opcheck(library.operation(chosen, problem, backend), arguments, **utils)
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_described_cases_equal_the_reference(name, backend):
+    (shape, way), (case, expected) = DESCRIBED[name], described(name)
+    # The kept mass of blocks takes a pass over all keys.
+    plain = shape.intervals == "causal" and not shape.sinks and not shape.softcap
+    stats = shape.spoiled is None and not (WAYS[way].selection == "block" and plain)
+    bounds = WAYS[way].index == "codes"
+    check(way, case, backend, expected, stats=stats, bounds=bounds)
+    if shape.spoiled is None and (backend != "triton" or shape.name in ("plain", "decode")):
+        check(way, case, backend, expected, stats=not stats, bounds=bounds)
 
 
 @EACH
-def test_memory_grows_with_keys_and_not_with_queries_times_keys(backend):
-    process = pytest.importorskip("psutil").Process()
-    n = 6000  # Lq * Lk * heads in float32 would be 288 MB
-    query, key = torch.randn(1, 2, n, 16), torch.randn(1, 2, n, 16)
-    visible = causal_intervals(1, n, n, "cpu")
-    budget = torch.full((1, 1, n), 50, dtype=torch.int32).minimum(visible[..., 1][:, None])
-    problem = Problem(query, key, key, visible, visible[..., 0].contiguous(), budget, 0.25)
-    before = process.memory_info().rss
-    for selection in (TopK(), Block()):
-        selection.run(problem, backend)
-    assert process.memory_info().rss - before < 150e6
+@FP32_BF16
+@pytest.mark.parametrize("way", ["drop", "window", "block", "codes", "pages"])
+def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_program(way, dtype, backend):
+    """In kernels it may reach others of its tile too: only Triton's rows that share a program."""
+    few = WAYS[way].index is not None
+    group, queries, keys = (3, 5, 130) if few else (1, 100, 130) if way == "block" else (1, 40, 53)
+    budget = "full" if way == "block" else "law"
+    case = Shape("broken", (), dtype, 1, 1, group, queries, keys, 80, budget=budget).case()
+    broken = [(keys - 5, 3, torch.nan), (keys - 2, 50, torch.inf)]
+    if way == "block":  # in a tile that all rows see whole, and in two that some do not
+        broken = [(3, 7, torch.inf), (60, 3, torch.nan), (101, 50, -torch.inf)]
+    for key, column, what in broken:
+        case.value[:, :, key, column] = what
+    output, expected = case.run(way, backend).output, case.reference(way).output
+    sound = output.isfinite()
+    assert not sound[expected.isnan()].any()
+    assert_close(output[sound], expected[sound], TOLERANCE[dtype])
+    touched = [column for _, column, _ in broken]
+    assert sound[..., [column for column in range(80) if column not in touched]].all()
+    for key, column, _ in broken:
+        assert expected[..., column].isnan().any()
+        # The first row of the first program with a row that sees it; blocks of queries begin at multiples of 64.
+        first = key // 64 * 64 - (keys - queries) if way == "block" else 0
+        if backend == "triton" and way in ("drop", "window"):
+            from nc_patch.ops.triton import launch
+
+            architecture = launch.architecture_of(torch.device(device_of(backend)))
+            of_program = launch.tiles_for(architecture, dtype, 80, 80, 40).rows
+            first = (key - 53 + 40) // of_program * of_program
+        assert sound[:, :, : max(first, 0), column].all()
+
+
+@EACH
+@pytest.mark.parametrize("way", ["topk", "block", "codes", "pages"])
+def test_neighbours_in_a_batch_change_nothing(way, backend):
+    few = {"queries": 1, "group": 3} if WAYS[way].index else {"queries": 40}
+    case = Shape("neighbours", (), batch=2, keys=80, intervals="padding", **few).case()
+    case.options["min_mass"] = 0.6
+    alone = replace(case, **{n: getattr(case, n)[1:] for n in ("query", "key", "value", "visible", "origin", "budget")})
+    case.key[0], case.value[0] = 2.0, 3.0
+    both, one = (of.run(way, backend).output for of in (case, alone))
+    assert torch.equal(both[1], one[0])
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "cpu"])
+@pytest.mark.parametrize("way", ["topk", "codes with means"])
+@pytest.mark.parametrize("whole", [False, True], ids=["some", "all"])
+def test_a_page_that_is_attended_whole_hides_what_its_mean_holds(way, whole, backend):
+    """A page without a key left over for any row of a program has no part in the tail, though its mean is infinite."""
+    case = Shape("whole", (), queries=2, keys=64, sink_keys=16, recent_keys=0).case()
+    case.budget = torch.tensor([[[16, 16 if whole else 8]]], dtype=torch.int32)
+    means = page_means(case.key, case.value, page_starts(case.visible, case.origin, 64))
+    means.value[:, :, 0] = torch.inf
+    output = case.run(way, backend, means=PageMeans(*(t.to(device_of(backend)) for t in means))).output
+    if whole:
+        assert_close(output, case.reference(way).output, 1e-5)
+    else:  # it may reach the other row too, which shares a program
+        assert not output[:, :, 1].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stride-by-the-law",
+        "local-keys",
+        "dense-rows",
+        "packed-dense-rows",
+        "full-budget",
+        "min-mass",
+        "min-mass-sliding",
+    ],
+)
+def test_the_choice_of_blocks_its_audit_and_how_many_attend_more_are_pytorchs(name, backend):
+    case = DESCRIBED[f"{name}-block"][0].case(1)
+    found, expected = (case.run("block", each, audit_seed=5) for each in (backend, "torch"))
+    assert float(expected.audit[0, 1]) > 0
+    assert_close(found.audit, expected.audit.double(), 1e-4)
+    assert torch.equal(found.attended, expected.attended)
+    assert (found.enlarged is None) == ("min_mass" not in case.options)
+    assert found.enlarged is None or torch.equal(found.enlarged, expected.enlarged)
+
+
+@EACH
+@pytest.mark.parametrize("size", [64, 6000])
+def test_a_prompt_in_more_parts_gives_the_same(size, backend, monkeypatch):
+    sizes = {"batch": 2, "group": 1, "queries": 150, "keys": 150, "head_dim": 32, "budget": 40}
+    case = Shape("parts", (), intervals="padding", blocks={"min_mass": 0.8}, **sizes).case()
+    for way in ("drop", "window", "block") if backend == "torch" else ("block",):
+        whole = case.run(way, backend, audit_seed=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "SCORES_PER_BLOCK", size)
+            if backend == "triton":
+                from nc_patch.selections.block import prefill
+
+                for name in ("SCORE_BYTES", "MOST_SCORE_BYTES"):
+                    patch.setattr(prefill, name, size)
+            parts = case.run(way, backend, audit_seed=0)
+        for found, expected in zip(parts, whole, strict=True):
+            if expected is not None:  # tiles of other shapes may sum in another order
+                assert_close(found, expected.double(), 1e-6)
+
+
+@EACH
+def test_queries_may_be_of_any_size_or_no_number(backend):
+    case = Shape("queries", (), queries=6, keys=130, group=3, recent_keys=2, unequal=0.0).case()
+    case.query *= torch.logspace(-36, 30, 6)[:, None]
+    check("codes", case, backend, bounds=True)
+    case.query[0, 1, 3, 5] = torch.nan
+    check("codes", case, backend, stats=False, bounds=True)
+
+
+# Keys that end with a page of the first sequence, that begin one and that lie within one.
+@EACH
+@pytest.mark.parametrize(
+    ("way", "queries", "keys"),
+    [*(("pages", *sizes) for sizes in ((1, 160), (1, 161), (1, 170), (3, 161))), ("codes", 1, 97), ("codes", 5, 64)],
+)
+def test_a_step_takes_its_keys_into_an_index_that_is_then_the_one_of_all_keys(way, queries, keys, backend):
+    case = Shape("step", (), torch.bfloat16, 3, queries=queries, keys=keys, head_dim=80, budget=50).case()
+    if way == "pages":
+        case.origin[:] = torch.tensor([0, 7, -22], dtype=torch.int32)[:, None]
+    else:  # the second sequence is shorter: what lies beyond its end is not read
+        case.origin[:], case.visible[1, :, 1] = 5, case.visible[1, :, 1] - 20
+    case.visible[..., 0] = case.origin.clamp(min=0)
+    case.budget = case.budget.minimum(case.rows)
+    taken = case.problem(way, backend, new=queries)
+    if way == "pages":  # which may be views of something larger
+        whole = case.problem(way, backend)
+        taken = taken._replace(key_index=tuple(torch.cat((x, x), 2)[:, :, : x.shape[2]] for x in taken.key_index))
+    else:
+        taken = taken._replace(means=PageMeans(*index_of(taken, "means", backend, queries).tensors()))
+        whole, way = extend(copy.deepcopy(taken), way, backend), "codes with means"
+    found, expected = (case.selection(way).run(problem, backend) for problem in (taken, whole))
+    torch.testing.assert_close(found.output, expected.output, atol=1e-6, rtol=1e-5)
+    for b, (start, end) in enumerate(case.visible[:, -1].tolist()):
+        of_means = slice(start // 16, start // 16 + (end - start) // 16)
+        held = [slice(None)] * 2 if way == "pages" else [of_means] * 2 + [slice(start, end)] * 3 + [slice(None)] * 2
+        for mine, its, part in zip(taken.kept(), whole.kept(), held, strict=True):
+            torch.testing.assert_close(mine[b, :, part], its[b, :, part], rtol=0, atol=0, equal_nan=True)
+
+
+@EACH
+def test_a_patched_model_generates_as_with_pytorch(backend):
+    ids = random_ids(1, 35).to(device_of(backend))
+    tokens, logits = {}, {}
+    for name in ("torch", backend):
+        model = tiny_model("llama", num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=2).to(ids.device)
+        patch_model(model, 1.0, 0.5, tail="mean", backend=name, key_index="always")
+        made = model.generate(ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        tokens[name], logits[name] = made.sequences.tolist(), torch.cat(made.logits)
+    assert tokens[backend] == tokens["torch"]
+    torch.testing.assert_close(logits[backend], logits["torch"], atol=1e-4, rtol=1e-4)
+
+
+@EACH
+@pytest.mark.parametrize("kind", HARD)
+def test_page_statistics_are_those_of_the_pages_keys_whatever_they_are(kind, backend):
+    for seed in range(4 if backend == "triton" else 12):
+        g = torch.Generator().manual_seed(seed)
+        length, D = int(torch.randint(1, 70, (1,), generator=g)), int(torch.randint(1, 20, (1,), generator=g))
+        key = HARD[kind](torch.randn(2, 2, length, D, generator=g))
+        start, first = torch.randint(-20, length, (2,), generator=g), int(torch.randint(0, length, (1,), generator=g))
+        start[0] = length % 16  # its last page is whole
+        given, end = key.to(device_of(backend)), torch.full((2,), length, device=device_of(backend))
+        options = {"start": start.to(end.device), "end": end - (length - first), "capacity": 128, "backend": backend}
+        index = KeyIndex.build(given, "pages", **options)
+        index.extend(given, length - first, end)
+        for b, begin in enumerate(start.tolist()):
+            for j in range(8):
+                codes, scales = (t[b, :, j].cpu() for t in index.tensors())
+                first, last = begin + 16 * j, begin + 16 * j + 16
+                if last > length or last <= 0:  # no key, or a page that is not whole yet
+                    assert not codes.any()
+                    assert not scales.any()
+                    continue
+                for h in range(2):
+                    assert_summarises(codes[h], scales[h], key[b, h, max(first, 0) : last])
+
+
+@EACH
+@pytest.mark.parametrize(("pages", "chosen"), [(2, [0, 9]), (3, [0, 1, 9])])
+def test_pages_that_hold_nan_come_before_all_but_the_first_and_the_querys_own(pages, chosen, backend):
+    case = Shape("nan", (), kv_heads=2, queries=1, keys=160, budget=16 * pages).case()
+    case.key[0, 0, 20:100:16] = torch.nan
+    problem, expected = case.problem("pages"), case.reference("pages")
+    mask = case.selection("pages").mask(problem, raw_scores(problem), decode=True)
+    assert mask[0, 0, 0].view(10, 16).any(-1).nonzero()[:, 0].tolist() == chosen
+    result = case.run("pages", backend, stats=True)
+    assert torch.equal(result.attended, expected.attended)
+    assert_close(result.output, expected.output, 1e-5)
+    assert bool(result.output[:, :2].isfinite().all()) == (1 not in chosen)
+    for of_other_heads in (result.output, result.lse, result.kept_mass):
+        assert of_other_heads[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("kind", ["codes", "means", "pages"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_other_backends_build_pytorchs_indexes_to_rounding(kind, dtype, backend):
+    for seed in range(3, 6 if backend == "triton" else 15):
+        case = random_case(seed, 300, dtype)
+        found, expected = (
+            index_of(problem_of_case(case, device_of(name)), kind, name).tensors() for name in (backend, "torch")
+        )
+        ends = torch.stack((case.origin[:, -1], case.visible[..., 1].amax(1)), -1).tolist()
+        for b, (first, end) in enumerate(ends):
+            whole = max(end - first, 0) // 16
+            of_kind = {"codes": (first, end), "means": (first // 16, first // 16 + whole), "pages": (0, whole)}
+            part = slice(*of_kind[kind])
+            for mine, its in zip(found, expected, strict=True):
+                mine, its = (t[b] if t.shape[2:] == case.key.shape[3:] else t[b, :, part] for t in (mine, its))
+                tolerance = 1.0 if mine.dtype == torch.int8 else TOLERANCE[dtype]
+                torch.testing.assert_close(mine.float().cpu(), its.float(), atol=tolerance, rtol=1e-5)

@@ -4,30 +4,33 @@ import logging
 
 import pytest
 import torch
+from attention_cases import random_case
+from operations import INSTALLED, problem_of, problem_of_case
 
-from nc_patch import sparse_attention
+from nc_patch import library, sparse_attention
 from nc_patch.common import warn_anew
 from nc_patch.ops import backends
-from nc_patch.ops.backends import choose_backend, triton_problem
+from nc_patch.ops.backends import choose_backend
+from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections import Block, Dense, TopK, Window
 
 CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def ampere(monkeypatch):
-    """A GPU of compute capability 8.0, of which nothing but that is asked."""
-    gpu_of(monkeypatch, (8, 0))
-
-
-def gpu_of(monkeypatch, capability, hip=None):
+def gpu(request, monkeypatch):
+    """A GPU of the compute capability, and the version of HIP, that a test names."""
+    capability, hip = request.param
     monkeypatch.setattr(backends, "_triton_interprets", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
 
 
+@pytest.mark.parametrize(
+    "gpu", [((8, 0), None), ((8, 9), None), ((9, 0), None), ((12, 0), None), ((6, 0), "6.4")], indirect=True, ids=str
+)
 @pytest.mark.parametrize("selection", [Block(), Dense(), TopK(), TopK(tail="drop"), Window()], ids=repr)
-def test_a_gpu_runs_every_selection_on_triton(selection, ampere):
+def test_a_gpu_from_ampere_on_or_of_amd_runs_every_selection_on_triton(selection, gpu):
     for phase in ("prefill", "decode") if selection.index_kind else ("prefill",):
         call = {"device": CUDA, "head_dims": (128, 256), "implemented": selection.backends(phase)}
         assert choose_backend("auto", **call) == ("triton", None)
@@ -37,35 +40,28 @@ def test_a_gpu_runs_every_selection_on_triton(selection, ampere):
             choose_backend("cpu", **call)
 
 
+LEAST = "needs a GPU of compute capability 8.0 or higher, and cuda:0 has"
+
+
 @pytest.mark.parametrize(
-    ("call", "reason"),
+    ("call", "reason", "gpu"),
     [
-        ({"head_dims": (512, 512)}, "takes a head_dim of at most 256, got 512"),
-        ({"head_dims": (192, 288)}, "takes a head_dim of at most 256, got 192 and 288"),
-        ({"needs_grad": True}, "has no gradient"),
-        ({"implemented": ("torch",)}, "has no kernel for it"),
+        ({"head_dims": (512, 512)}, "takes a head_dim of at most 256, got 512", ((8, 0), None)),
+        ({"head_dims": (192, 288)}, "takes a head_dim of at most 256, got 192 and 288", ((8, 0), None)),
+        ({"needs_grad": True}, "has no gradient", ((8, 0), None)),
+        ({"implemented": ("torch",)}, "has no kernel for it", ((8, 0), None)),
+        ({}, f"{LEAST} 6.0", ((6, 0), None)),
+        ({}, f"{LEAST} 7.5", ((7, 5), None)),
     ],
+    indirect=["gpu"],
 )
-def test_what_triton_cannot_run_runs_in_pytorch_and_by_name_is_refused(call, reason, ampere):
+def test_what_triton_cannot_run_runs_in_pytorch_and_by_name_is_refused(call, reason, gpu):
     call = {"device": CUDA, "head_dims": (64, 64), **call}
     backend, said = choose_backend("auto", **call)
     assert backend == "torch"
     assert said.startswith(f"Triton {reason}")
     with pytest.raises(RuntimeError, match=f'backend="triton" {reason}.*Use backend="auto" or backend="torch"'):
         choose_backend("triton", **call)
-
-
-@pytest.mark.parametrize("hip", [None, "6.4"])
-@pytest.mark.parametrize("capability", [(6, 0), (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)])
-def test_gpus_from_ampere_on_and_all_of_amd_run_triton_and_others_pytorch_and_say_so(capability, hip, monkeypatch):
-    gpu_of(monkeypatch, capability, hip)
-    if capability >= (8, 0) or hip:
-        assert triton_problem(CUDA) is None
-        return
-    reason = "needs a GPU of compute capability 8.0 or higher, and cuda:0 has " + ".".join(map(str, capability))
-    assert choose_backend("auto", CUDA, head_dims=(64,)) == ("torch", f"Triton {reason}")
-    with pytest.raises(RuntimeError, match=reason):
-        choose_backend("triton", CUDA, head_dims=(64,))
 
 
 @pytest.mark.parametrize("numba", [True, False])
@@ -108,3 +104,28 @@ def test_the_choice_is_compiled_as_a_constant(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     compiled = torch.compile(choose, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)) == 2.0
+
+
+@pytest.mark.parametrize("way", ["topk", "window", "dense", "block"])
+def test_custom_ops_keep_the_contract_of_torch(way):
+    for backend in INSTALLED:  # the kernels for CPUs have no gradient, and return what compiled graphs expect
+        case = random_case(8, longest=40)
+        for t in (case.query, case.key, case.value):
+            t.requires_grad_(backend == "torch")
+        problem, chosen = problem_of_case(case, stats=True), case.selection(way)
+        arguments = (problem.tensors(), *library.arguments(chosen, problem, backend))
+        utils = {} if backend == "torch" else {"test_utils": "test_faketensor"}
+        torch.library.opcheck(library.operation(chosen, problem, backend), arguments, **utils)
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_memory_grows_with_keys_and_not_with_queries_times_keys(backend):
+    process = pytest.importorskip("psutil").Process()
+    n = 6000  # Lq * Lk * heads in float32 would be 288 MB
+    query, key = torch.randn(1, 2, n, 16), torch.randn(1, 2, n, 16)
+    visible = causal_intervals(1, n, n, "cpu")
+    problem = problem_of(query, key, key, visible, visible[..., 1][:, None].clamp(max=50), scale=0.25)
+    before = process.memory_info().rss
+    for selection in (TopK(), Block()):
+        selection.run(problem, backend)
+    assert process.memory_info().rss - before < 150e6

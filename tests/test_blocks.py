@@ -1,20 +1,50 @@
-"""Block-sparse prefill: the plan of query blocks, the choice of key blocks, and what its options promise."""
+"""Block-sparse prefill: the plan of query blocks, the choice of key blocks, what its options promise, and the audit.
 
+The audit has no bias, and an interval that holds the truth as often as it says.
+"""
+
+import itertools
 import math
-from functools import partial
 
 import pytest
 import torch
-from attention_cases import peaked
 from operations import problem_of
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import NCConfig, patch_model, sparse_attention
-from nc_patch.ops.problem import Problem, causal_intervals, visible_mask
+from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals, visible_mask
 from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
+from nc_patch.selections.block.audit import AUDIT_COLUMNS, audited_rows
 from nc_patch.selections.block.blocks import BlockOptions, BlockPlan, make_plan, plan_of
 from nc_patch.selections.block.torch import choose_blocks
+from nc_patch.stats import MassCounts
+
+
+def peaked(seed: int, B: int, n: int, Hq: int = 4, Hkv: int = 2, D: int = 16) -> tuple[torch.Tensor, ...]:
+    """Query, key and value whose attention is sparse: keys drift slowly, and some queries repeat an early key."""
+    g = torch.Generator().manual_seed(seed)
+    drift = torch.randn(B, Hkv, n, D, generator=g).cumsum(2)
+    key = drift / drift.norm(dim=-1, keepdim=True) * 4 + torch.randn(B, Hkv, n, D, generator=g) * 0.3
+    query = key.repeat_interleave(Hq // Hkv, 1) + torch.randn(B, Hq, n, D, generator=g)
+    query[:, :, n // 2 :: 3] = query[:, :, : n - n // 2 : 3]
+    return query, key, torch.randn(B, Hkv, n, D, generator=g)
+
+
+def causal_problem(query, key, value, alpha: float, dense_below: int = 0, kind: str = "plain", **more) -> Problem:
+    """A problem with a budget of alpha n^0.5; ``kind``: of which intervals, where there are two sequences."""
+    n = query.shape[2]
+    visible = causal_intervals(len(query), n, key.shape[2], "cpu").clone()
+    if kind == "padded":
+        visible[1, : n // 4, 1] = n // 4
+        visible[1, :, 0] = n // 4
+    elif kind == "packed":
+        visible[1, n * 5 // 12 :, 0] = n * 5 // 12
+    origin = visible[..., 0].clone()
+    if kind == "sliding":
+        visible[..., 0] = (visible[..., 1] - n // 3).clamp(min=0)
+    budget = NCConfig(alpha, 0.5, dense_below=dense_below).row_budgets(visible, key.shape[2])
+    return problem_of(query, key, value, visible, budget, scale=0.25, origin=origin, **more)
 
 
 def stride_at(n: int, counts: list[int], stride: int | None = None) -> int:
@@ -107,13 +137,6 @@ def test_min_mass_adds_blocks_within_its_factor_and_never_takes_any_away():
         assert bool((of_heads >= 0.9 - 1e-5).all()), "of the scored rows, for each key/value head"
 
 
-def causal_problem(query, key, value, alpha: float, dense_below: int = 0, **more) -> Problem:
-    """A problem with a budget of alpha n^0.5."""
-    visible = causal_intervals(len(query), query.shape[2], key.shape[2], "cpu")
-    budget = NCConfig(alpha, 0.5, dense_below=dense_below).row_budgets(visible, key.shape[2])
-    return problem_of(query, key, value, visible, budget, scale=0.25, **more)
-
-
 def test_what_an_audit_compares_with_is_the_kept_mass_of_the_rows_that_chose():
     problem = causal_problem(*peaked(7, 2, 1024), 4.0, 300, stats=True, audit_seed=0)
     options = Block(min_mass=0.5, max_factor=1.0)  # by which rows share out their softmax, not their highest scores
@@ -130,21 +153,6 @@ def test_what_an_audit_compares_with_is_the_kept_mass_of_the_rows_that_chose():
     sparse = torch.tensor([not d for d in dense])[plan.owner]
     kept = result.kept_mass.movedim(1, 0)
     assert kept[:, scored].mean() > kept[:, sparse & ~scored].mean(), "the rows that chose keep more, not less"
-
-
-def test_rows_that_attend_none_of_the_keys_they_see_are_zero_with_and_without_statistics():
-    draw = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, 88, 8, generator=draw)
-    start = torch.randint(0, 87, (1, 88), generator=draw, dtype=torch.int32)
-    visible = torch.stack((start, (start + torch.randint(1, 60, (1, 88), generator=draw)).clamp(max=88).int()), -1)
-    call = partial(sparse_attention, query, key, value, alpha=1.0, selection="block", visible=visible, backend="torch")
-    call = partial(call, origin=torch.zeros_like(start))
-    found = call(return_stats=True)
-    nothing = found.attended == 0
-    assert 0 < nothing.sum() < nothing.numel()
-    assert (found.output[nothing] == 0).all()
-    assert (found.kept_mass[nothing] == 0).all()
-    torch.testing.assert_close(call(), found.output)
 
 
 @pytest.fixture
@@ -200,3 +208,77 @@ def test_intervals_that_a_caller_changes_between_calls_count_and_nothing_is_left
     again = sparse_attention(query, key, value, **options | {"visible": visible.clone(), "origin": origin.clone()})
     assert torch.equal(changed, again)
     assert vars(visible) == before
+
+
+def audited(
+    tensors: tuple[torch.Tensor, ...], kind: str, seed: int, dense_below: int = 0, **options: object
+) -> tuple[AttentionResult, torch.Tensor]:
+    """What ``Block`` makes of a problem, and the true mean kept mass of each head's rows, and of all."""
+    problem = causal_problem(*tensors, 4.0, dense_below, kind, stats=True, audit_seed=seed)
+    result, (start, end) = Block(**options).run(problem, "torch"), problem.visible.unbind(-1)
+    seen = (end > start)[:, None].expand(result.kept_mass.shape)
+    by_head = (result.kept_mass.double() * seen).sum((0, 2)) / seen.sum((0, 2))
+    return result, torch.cat((by_head, by_head.mean()[None]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("plain", {}),
+        ("padded", {"min_mass": 0.7}),
+        ("packed", {"query_block_size": 128, "sample_stride": 64, "local_keys": 0}),
+        ("sliding", {}),
+        ("plain", {"dense_below": 200, "sample_stride": 16}),
+    ],
+    ids=str,
+)
+def test_the_audit_is_unbiased(kind, options):
+    tensors = peaked(11, 2, 600)
+    results, [true, *_] = zip(*(audited(tensors, kind, seed, **options) for seed in range(60)), strict=True)
+    rows, kept, variance, freedom, count = torch.stack([r.audit.double() for r in results]).unbind(-1)
+    means, errors = kept / rows, variance.sqrt() / rows
+    assert bool((count[:, :-1] == 2 * audited_rows(600)).all())
+    assert bool((freedom == count[:, :1] - 2).all())
+    assert torch.equal(count[:, -1], count[:, :-1].sum(1))
+    of_mean = means.std(0) / len(results) ** 0.5
+    assert bool(((means.mean(0) - true).abs() < 4 * of_mean).all()), (means.mean(0), true, of_mean)
+    # What it says of its own spread is what its spread is.
+    assert bool((errors.mean(0) / means.std(0) > 0.7).all())
+    assert bool((errors.mean(0) / means.std(0) < 1.5).all())
+
+
+def test_its_interval_holds_the_truth():
+    held, count = 0, 0
+    for case, kind in itertools.product(range(9), ("plain", "padded", "packed", "sliding")):
+        result, true = audited(peaked(100 + case, 2, 600, Hq=(2, 4, 6)[case % 3]), kind, seed=case)
+        counts = MassCounts()
+        counts.add_audit(result.audit, None)
+        found = counts.summary()
+        lower, upper = (torch.tensor([*found[f"{edge}_by_head"], found[edge]]) for edge in ("lower", "upper"))
+        held += int(((lower <= true) & (true <= upper)).sum())
+        count += len(true)
+    assert count == 36 * 5
+    assert held / count >= 0.88, held / count  # 95 % is what it says
+
+
+def test_a_draw_follows_its_seed_and_leaves_the_global_random_state_alone():
+    tensors = peaked(6, 2, 600)
+    state = torch.get_rng_state()
+    (first, _), (again, _), (other, _) = (audited(tensors, "plain", seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.audit, again.audit)
+    assert not torch.equal(first.audit, other.audit)
+    assert torch.equal(first.output, other.output)
+    assert audited(tensors, "plain", -1)[0].audit is None
+
+
+def test_sequences_shorter_than_the_audit_and_empty_ones():
+    problem = causal_problem(*(t[:, :, :3] for t in peaked(7, 2, 40)), 1.0, audit_seed=0)
+    one, none = problem.visible.clone(), torch.zeros_like(problem.visible)
+    one[1] = 0
+    for visible, rows in ((one, 3), (none, 0)):
+        result = Block().run(problem._replace(visible=visible, budget=problem.budget.clamp(max=1)), "torch")
+        audit = dict(zip(AUDIT_COLUMNS, result.audit.T.tolist(), strict=True))
+        assert audit["rows"] == [rows] * 4 + [4 * rows]
+        assert audit["kept_mass"] == pytest.approx(audit["rows"])
+        assert audit["variance"] == pytest.approx([0.0] * 5, abs=1e-8)

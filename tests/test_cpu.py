@@ -15,12 +15,16 @@ pytest.importorskip("numba")
 SELECTIONS = ("topk", "window", "dense", "block")
 
 
+def on_both(*tensors: torch.Tensor, **options: object) -> list:
+    """What the kernels and what PyTorch return."""
+    return [sparse_attention(*tensors, **options, backend=backend) for backend in ("cpu", "torch")]
+
+
 @pytest.mark.parametrize("bits", [-1, 0x7F800001, 0x7FC12345])
 def test_a_nan_of_any_bits_stays_one(bits):
     query, key, value = (torch.randn(1, 2, 64, 16) for _ in range(3))
     key[0, 0, 10] = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
-    options = {"alpha": 2.0, "C": 0.5, "tail": "drop"}
-    found, expected = (sparse_attention(query, key, value, **options, backend=name) for name in ("cpu", "torch"))
+    found, expected = on_both(query, key, value, alpha=2.0, C=0.5, tail="drop")
     assert torch.equal(found.isnan(), expected.isnan())
 
 
@@ -39,9 +43,8 @@ def test_few_rows_at_the_end_of_a_long_buffer_choose_blocks():
     query, key = torch.randn(1, 1, rows, 16), torch.randn(1, 1, n, 16)
     end = torch.arange(n - rows + 1, n + 1, dtype=torch.int32)
     visible = torch.stack((end - 128, end), -1)[None].contiguous()
-    options = {"alpha": 2.0, "C": 0.5, "selection": "block", "visible": visible}
-    options["origin"] = visible[..., 0].clamp(max=n - 160)
-    found, expected = (sparse_attention(query, key, key, **options, backend=name) for name in ("cpu", "torch"))
+    options = {"selection": "block", "visible": visible, "origin": visible[..., 0].clamp(max=n - 160)}
+    found, expected = on_both(query, key, key, alpha=2.0, C=0.5, **options)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -53,8 +56,8 @@ def test_of_a_first_page_with_one_visible_key_only_that_counts():
     key[:, :, 200:216] += 0.02
     query, visible = torch.full((1, 1, 1, 16), 40.0), torch.tensor([[[15, 320]]], dtype=torch.int32)
     index = KeyIndex.build(key, "pages", block_size=16)
-    options = {"alpha": 2.2, "C": 0.5, "selection": "block", "visible": visible, "index": index, "return_stats": True}
-    found, expected = (sparse_attention(query, key, key, **options, backend=name) for name in ("cpu", "torch"))
+    options = {"selection": "block", "visible": visible, "index": index, "return_stats": True}
+    found, expected = on_both(query, key, key, alpha=2.2, C=0.5, **options)
     torch.testing.assert_close(found.kept_mass, expected.kept_mass)
 
 

@@ -70,7 +70,7 @@ def test_a_dry_run_compiles_every_launch_and_benches_on_the_cpu_with_few_package
     assert done.returncode == 0, done.stdout
     summary, files = results_of(tmp_path, part)
     assert summary == [[step, "dry"] for step in PARTS[part]]
-    collected = re.findall(r"^tests/test_triton_\w+\.py: (\d+)$", files[f"{PARTS[part][0]}.log"], re.M)
+    collected = re.findall(r"^tests/test_\w+\.py: (\d+)$", files[f"{PARTS[part][0]}.log"], re.M)
     assert sum(map(int, collected)) >= {"prefill": 200, "decode": 5}[part]
     for step in PARTS[part][1:]:
         assert int(re.search(r"sm_90, triton \S+: (\d+) launches", files[f"{step}.log"])[1]) > 30
@@ -119,7 +119,7 @@ def test_both_parts_run_their_own_tests_and_fit_into_six_minutes_each(with_stand
         assert f"path {TESTS.parent}:/packages/of/mine\n" in files["machine.txt"]
         how = rf"bench {part} --geometry llama3-8b .* --device cuda --minutes [345]\.\d"
         assert re.search(how, files[f"{part}.log"])
-        for name, its_part in (("graphs", "decode"), ("block", "prefill")):
+        for name, its_part in (("graphs", "decode"), ("kernels", "prefill")):
             assert (f"test_triton_{name}.py" in files[f"{steps[0]}.log"]) == (part == its_part)
     # What takes no time leaves it to the next; what does not end when it is interrupted is killed after 15 s.
     limits = [int(seconds) for seconds in re.findall(r"^== \w+, (\d+) s at most: ", done.stdout, re.M)]

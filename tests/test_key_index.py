@@ -1,16 +1,10 @@
-"""Indexes of keys: what they hold, on every backend, what decoding by them keeps, and which uses are refused."""
+"""Indexes of keys: their size, what decoding by them keeps, and which uses are refused."""
 
 import pytest
 import torch
-from attention_cases import KINDS, TOLERANCE, random_case
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from operations import assert_summarises, problem_of
-from test_attention import BACKENDS, EACH, INSTALLED
 
 from nc_patch import KeyIndex, sparse_attention
 from nc_patch.ops.problem import causal_intervals
-from nc_patch.selections import Block
 
 
 def test_bounds_are_narrow_where_attention_is_sharp():
@@ -49,64 +43,6 @@ def test_an_index_takes_the_bytes_it_promises(D):
         grown = KeyIndex.build(key[:, :, :8191], "codes")
         grown.extend(key, 1, torch.tensor([8192]))
         assert grown.nbytes() <= 0.27 * kv_bytes * 8320 / 8192
-
-
-@given(st.integers(0, 10**6), st.integers(0, len(KINDS) - 1), st.sampled_from(INSTALLED))
-@settings(max_examples=150, deadline=None, derandomize=True)
-def test_page_statistics_are_those_of_the_pages_keys_whatever_they_are(seed, kind, backend):
-    g = torch.Generator().manual_seed(seed)
-    length, D = int(torch.randint(1, 70, (1,), generator=g)), int(torch.randint(1, 20, (1,), generator=g))
-    key = KINDS[kind](torch.randn(2, 2, length, D, generator=g))
-    start = torch.randint(-20, length, (2,), generator=g)
-    index = KeyIndex.build(key, "pages", start=start, capacity=128, backend=backend)
-    for b, begin in enumerate(start.tolist()):
-        for j in range(8):
-            codes, scales = (t[b, :, j] for t in index.tensors())
-            first, last = begin + 16 * j, begin + 16 * j + 16
-            if last > length or last <= 0:  # no key, or a page that is not whole yet
-                assert not codes.any()
-                assert not scales.any()
-                continue
-            for h in range(2):
-                assert_summarises(codes[h], scales[h], key[b, h, max(first, 0) : last])
-
-
-@EACH
-def test_pages_that_hold_nan_come_before_all_but_the_first_and_the_querys_own(backend):
-    key, query = torch.randn(1, 1, 160, 16), torch.randn(1, 2, 1, 16)
-    key[0, 0, 20:100:16] = torch.nan
-    index = KeyIndex.build(key, "pages")
-    value, visible = torch.randn(1, 1, 160, 16), causal_intervals(1, 1, 160, "cpu")
-    for pages, expected in ((2, [0, 9]), (3, [0, 1, 9])):
-        budget = torch.full((1, 1, 1), 16 * pages, dtype=torch.int32)
-        problem = problem_of(query, key, value, visible, budget)._replace(key_index=index.tensors(), page_size=16)
-        mask = Block(size=16).mask(problem, query.double() @ key.double().transpose(2, 3), decode=True)
-        assert mask[0, 0, 0].view(10, 16).any(-1).nonzero()[:, 0].tolist() == expected
-        result = Block(size=16).run(problem, backend)
-        assert result.attended.tolist() == [[[16 * pages]] * 2]
-        assert bool(result.output.isfinite().all()) == (1 not in expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize("kind", ["codes", "means", "pages"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_other_backends_build_pytorchs_indexes_to_rounding(kind, dtype, backend):
-    for seed in range(12):
-        case = random_case(seed, 300, dtype)
-        B, _, Lk, _ = case.key.shape
-        options = {"value": case.value, "start": case.origin[:, -1], "end": torch.full((B,), Lk)}
-        found, expected = (
-            KeyIndex.build(case.key, kind, **options, backend=name).tensors() for name in (backend, "torch")
-        )
-        for b in range(B):
-            first = int(case.origin[b, -1])
-            whole = (Lk - first) // 16
-            of_kind = {"codes": (first, Lk), "means": (first // 16, first // 16 + whole), "pages": (0, whole)}
-            rows = slice(*of_kind[kind])
-            for mine, its in zip(found, expected, strict=True):
-                mine, its = (t[b] if t.shape[2:] == case.key.shape[3:] else t[b, :, rows] for t in (mine, its))
-                tolerance = 1.0 if mine.dtype == torch.int8 else TOLERANCE[dtype]
-                torch.testing.assert_close(mine.float(), its.float(), atol=tolerance, rtol=1e-5)
 
 
 KEY, QUERY = torch.randn(1, 2, 50, 16), torch.randn(1, 4, 1, 16)

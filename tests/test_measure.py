@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import random_case
-from operations import problem_of, reference_attention
+from operations import problem_of
 
 from nc_patch.calibration.fit import fit_power_laws, theil_sen
 from nc_patch.calibration.measure import SMALLEST_KEYS, Plan, row_curves
@@ -44,11 +44,10 @@ def test_rows_equal_the_float64_definition(seed):
         # Within rounding of the threshold either count is right.
         fewest, most = ((mass < 1 - share + slack).sum(-1) + 1 for slack in (-1e-5, 1e-5))
         assert ((found.support[number] >= fewest) & (found.support[number] <= most)).all()
-    settings = {"visible": visible, "selection": "topk", **scoring}
-    settings |= {"sink_keys": TopK().sink_keys, "recent_keys": TopK().recent_keys}
-    dense = reference_attention(query, key, value, budget=full[:, None], **settings)
+    reference = lambda budget: TopK(tail="drop").reference(problem_of(query, key, value, visible, budget, **scoring))  # noqa: E731
+    dense = reference(full[:, None])
     for number, count in enumerate(keys):
-        expected = reference_attention(query, key, value, budget=full.clamp(max=count)[:, None], **settings)
+        expected = reference(full.clamp(max=count)[:, None])
         assert torch.allclose(found.kept[number].double(), expected.kept_mass[0][:, rows], atol=2e-5)
         difference = (expected.output - dense.output)[0][:, rows].double()
         along = (probes.double() * difference).sum(-1).square().sum(0)

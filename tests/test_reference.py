@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from attention_cases import Case, random_case, relative_error
-from operations import reference_attention, topk_mask
+from attention_cases import Case, Shape, random_case
+from operations import assert_close, problem_of_case
 
-from nc_patch.ops.problem import causal_intervals, visible_mask
+from nc_patch.ops.problem import visible_mask
+from nc_patch.ops.reference import raw_scores
 from nc_patch.ops.rows import Rows
 from nc_patch.selections.window import Window
 
@@ -22,43 +23,40 @@ def topk_by_hand(scores, start, end, budget, sink_keys, recent_keys):
 @pytest.mark.parametrize("seed", range(20))
 def test_topk_mask_is_the_definition_read_aloud(seed, odd):
     case = random_case(seed, longest=30)
-    group = case.query.shape[1] // case.key.shape[1]
-    scores = case.query.double() @ case.key.double().repeat_interleave(group, 1).transpose(-1, -2)
+    problem, (sink_keys, recent_keys) = (
+        problem_of_case(case),
+        (case.options[f"{name}_keys"] for name in ("sink", "recent")),
+    )
+    scores = raw_scores(problem)
     if odd:  # NaN ranks with infinity, and of equal scores the first come first
         scores = torch.tensor([-torch.inf, -1.0, 0.0, 1.0, torch.inf, torch.nan])[torch.randint(6, scores.shape)]
-    mask = topk_mask(scores, case.visible, case.budget, case.sink_keys, case.recent_keys)
+    mask = case.selection("drop").mask(problem, scores)
     ranked, budget = scores.nan_to_num(nan=torch.inf, posinf=torch.inf), case.budget.expand(scores.shape[:3])
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
         start, end = case.visible[b, i].tolist()
-        by_hand = topk_by_hand(
-            ranked[b, h, i].tolist(), start, end, int(budget[b, h, i]), case.sink_keys, case.recent_keys
-        )
+        by_hand = topk_by_hand(ranked[b, h, i].tolist(), start, end, int(budget[b, h, i]), sink_keys, recent_keys)
         assert set(mask[b, h, i].nonzero()[:, 0].tolist()) == by_hand
 
 
-@pytest.mark.parametrize("width", [70, 21], ids=["causal", "sliding"])
+@pytest.mark.parametrize("intervals", ["causal", "sliding"])
 @pytest.mark.parametrize(
-    ("selection", "options"),
+    ("way", "blocks"),
     [
-        *((selection, {}) for selection in ("topk", "window", "dense")),
-        *((selection, {"block_size": size}) for selection in ("block", "pages") for size in (16, 32)),
+        *((way, {}) for way in ("drop", "window", "dense")),
+        *((way, {"size": size}) for way in ("block", "pages") for size in (16, 32)),
         ("block", {"min_mass": 0.9}),
     ],
     ids=str,
 )
-def test_a_full_budget_is_dense_attention(selection, options, width):
-    query, key, value = torch.randn(2, 6, 33, 16), torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 8)
-    visible = causal_intervals(2, 33, 70, "cpu")
-    visible[..., 0] = (visible[..., 1] - width).clamp(min=0)
-    budget = (visible[..., 1] - visible[..., 0])[:, None]
-    settings = {"budget": budget, "origin": torch.zeros(2, 33, dtype=torch.int32), "scale": 0.25, **options}
-    result = reference_attention(query, key, value, visible=visible, selection=selection, **settings)
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        query.double(), key.double(), value.double(), attn_mask=visible_mask(visible, 70), scale=0.25, enable_gqa=True
-    )
-    assert relative_error(result.output, dense) < 1e-13
+def test_a_full_budget_is_dense_attention(way, blocks, intervals):
+    sizes = {"batch": 2, "kv_heads": 2, "group": 3, "queries": 33, "keys": 70, "head_dim": 16, "value_dim": 8}
+    case = Shape("full", (), intervals=intervals, budget="full", blocks=blocks, **sizes).case()
+    tensors, seen = [t.double() for t in (case.query, case.key, case.value)], visible_mask(case.visible, 70)
+    dense = torch.nn.functional.scaled_dot_product_attention(*tensors, seen, scale=case.scale, enable_gqa=True)
+    result = case.reference(way)
+    assert_close(result.output, dense, 1e-13)
     assert torch.allclose(result.kept_mass, torch.ones(2, 6, 33, dtype=torch.float64))
-    assert torch.equal(result.attended, budget.expand(2, 6, 33))
+    assert torch.equal(result.attended, case.budget.expand(2, 6, 33))
 
 
 def test_a_window_is_the_first_keys_and_the_most_recent_ones():
@@ -77,8 +75,9 @@ def test_a_page_whose_keys_are_equal_is_not_missed():
     visible = torch.stack((torch.zeros(144), torch.arange(1, 145)), -1).int()[None]
     budget = (visible[..., 1] - (visible[..., 1] - 1) // 16 * 16)[:, None]  # no more than the own page
     rows = torch.arange(144) % 16 == 15  # the others' own page is cut
-    case = Case(query, key, value, visible, visible[..., 0], budget, None, 0.5, 0.0, 0, 16)
-    dense, dropped = case.reference("dense").output, case.reference("drop").output
-    sparse = case.selection("topk").run(case.problem("topk"), "torch").output
-    assert relative_error(sparse[:, :, rows], dense[:, :, rows]) < 1e-6
-    assert relative_error(dropped[:, :, rows], dense[:, :, rows]) > 0.1
+    options = {"sink_keys": 0, "recent_keys": 16}
+    case = Case(query, key, value, visible, visible[..., 0], budget, None, 0.5, 0.0, options)
+    dense, dropped = (case.reference(way).output[:, :, rows] for way in ("dense", "drop"))
+    assert_close(case.run("topk", "torch").output[:, :, rows], dense, 1e-6)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(dropped, dense, 0.1)

@@ -1,102 +1,27 @@
-"""Every way of attending in Triton against the float64 definitions: on a GPU where there is one, and interpreted.
-
-``test_interpreter.py`` runs this file in the interpreter. There, small tiles make short inputs cross many.
-"""
-
-from dataclasses import replace
+"""What is special in Triton's prefill and its decoding by pages; what they compute, ``test_attention.py`` holds."""
 
 import pytest
 import torch
-from attention_cases import DESCRIBED, SHAPES, TOLERANCE, WAYS, Case, Shape, check, relative_error
-from tiny_models import random_ids, tiny_model
+from attention_cases import SHAPES, SPOILED, Shape, check
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from operations import INTERPRETED, assert_close, problem_of_case, topk_mask  # noqa: E402
-from small_plans import plan_with  # noqa: E402
+from operations import INTERPRETED, problem_of_case  # noqa: E402
 
-from nc_patch import patch_model  # noqa: E402
 from nc_patch.ops.means import PageMeans, page_means, page_starts  # noqa: E402
 from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
 from nc_patch.ops.triton.launch import Tiles  # noqa: E402
-from nc_patch.ops.triton.means import triton_page_means  # noqa: E402
 from nc_patch.selections import Block, TopK, Window  # noqa: E402
+from nc_patch.selections.block import prefill as triton_block  # noqa: E402
+from nc_patch.selections.block.blocks import BlockPlan, PlannedBlock, stride_by_law  # noqa: E402
+from nc_patch.selections.block.prefill import block_tiles  # noqa: E402
 from nc_patch.selections.topk import threshold as triton_threshold  # noqa: E402
-
-ROWS = pytest.mark.parametrize("way", ["drop", "window"])
-FP32_BF16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-@pytest.mark.parametrize("name", DESCRIBED)
-def test_described_cases_equal_the_reference(name, device):
-    shape, way = DESCRIBED[name]
-    bounds = WAYS[way].index == "codes" and not shape.transposed
-    # The kept mass of blocks takes a pass over all keys.
-    stats = WAYS[way].selection != "block" or shape.sinks or shape.softcap > 0 or shape.intervals != "causal"
-    check(way, shape.case(), "triton", device, stats=stats, bounds=bounds)
-    if shape.name in ("plain", "decode"):
-        check(way, shape.case(), "triton", device, stats=not stats)
-
-
-@FP32_BF16
-def test_topk_attends_exactly_the_reference_set_where_scores_tie(dtype, device):
-    case = tied_case(Shape("grid", (), dtype, 1, 2, 1, 30, 64, budget="any", sink_keys=2, recent_keys=2))
-    output = check("drop", case, "triton", device).output
-    assert torch.equal(output > 0, topk_mask(case.scores(), case.visible, case.budget, 2, 2))
-
-
-def tied_case(shape: Shape) -> Case:
-    """Scores on a small integer grid are exact in every dtype, and most tie; identity values show what is attended."""
-    case, g = shape.case(), torch.Generator().manual_seed(1)
-    for tensor in (case.query, case.key):
-        tensor.zero_()[..., :3] = torch.randint(-1, 2, (*tensor.shape[:3], 3), generator=g).to(shape.dtype)
-    case.value = torch.eye(shape.keys, dtype=shape.dtype).expand(1, shape.kv_heads, -1, -1).contiguous()
-    return case
-
-
-SPOILED = {
-    "all equal": lambda key: key.fill_(0.5),
-    "all zero": lambda key: key.zero_()[:, :, ::2].mul_(-1),
-    "huge": lambda key: key.mul_(1e18),
-    "tiny": lambda key: key.mul_(1e-38),
-    "outlier": lambda key: key[:, :, ::16].fill_(1e6),
-    "far apart": lambda key: key.mul_(torch.logspace(-30, 16, key.shape[2])[:, None]),
-    "infinite": lambda key: key.index_fill_(2, torch.tensor([11, 30]), torch.inf)[:, :, 12].fill_(-torch.inf),
-    "nan": lambda key: key.index_fill_(2, torch.tensor([11, 40]), torch.nan),
-}
-
-
-def spoiled_case(kind: str, queries: int, keys: int) -> Case:
-    """Positive queries along one axis: then no order of summation changes which score is larger."""
-    case = Shape("spoiled", (), group=1, queries=queries, keys=keys, unequal=0.0).case(3)
-    case.query.zero_()[..., 0] = 1.5
-    case.key[..., 1:] = 0.0
-    SPOILED[kind](case.key)
-    if kind not in ("infinite", "nan"):
-        case.key[..., 1:] = 0.0
-    return case
-
-
-@pytest.mark.parametrize("kind", SPOILED)
-def test_topk_ends_and_is_exact_for_keys_that_are(kind, device, monkeypatch):
-    check("drop", spoiled_case(kind, 20, 53), "triton", device, stats=False)
-    # Decoding with room for all keys in the list, and without, so that blocks take all keys.
-    plan_with(monkeypatch, segment=(160, 20)[list(SPOILED).index(kind) % 2])
-    check("codes", spoiled_case(kind, 3, 130), "triton", device, bounds=True)
-
-
-def test_nan_and_infinity_rank_together_and_softcap_makes_infinity_finite(device):
-    case = spoiled_case("all equal", 20, 53)
-    case.softcap, case.sink_keys, case.recent_keys = 3.0, 0, 0
-    for position, score in ((3, torch.inf), (9, torch.nan), (20, torch.inf), (33, -torch.inf)):
-        case.key[:, :, position, 0] = score
-    check("drop", case, "triton", device, stats=False)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="passes are counted in the interpreter")
 @pytest.mark.parametrize(
     ("kind", "budget", "most"),
-    [(None, "full", 0), (None, "law", 9), ("all equal", "law", 4), ("tiny", "law", 25), ("far apart", "any", 25)],
+    [(None, "full", 0), (None, "law", 9), ("all equal", "law", 4), ("denormals", "law", 25), ("far apart", "any", 25)],
 )
 def test_counting_passes_are_few_and_bounded(kind, budget, most, device, monkeypatch):
     passes, count_range = [], triton_threshold.count_range
@@ -104,109 +29,84 @@ def test_counting_passes_are_few_and_bounded(kind, budget, most, device, monkeyp
     monkeypatch.setattr(triton_launch, "tiles_for", lambda *_: Tiles(32, 16, 4, 1, 32))  # one program
     case = Shape("", (), group=1, queries=30, keys=90, budget=budget, sink_keys=0, recent_keys=0).case()
     if kind is not None:
-        SPOILED[kind](case.key)
-    check("drop", case, "triton", device, stats=False)
+        case.key = SPOILED[kind](case.key)
+    check("drop", case, "triton", stats=False)
     assert (len(passes) > 0) == (budget != "full")
     assert len(passes) <= most
 
 
-@pytest.mark.parametrize("way", ["drop", "window", "block", "codes"])
-@FP32_BF16
-def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_program(way, dtype, device):
-    rows = triton_launch.tiles_for(triton_launch.architecture_of(torch.device(device)), dtype, 80, 80, 40).rows
-    queries, keys, of_way = {"block": (100, 130, {"budget": "full"}), "codes": (5, 130, {})}.get(way, (40, 53, {}))
-    case = Shape("broken", (), dtype, 1, 1, 3 if way == "codes" else 1, queries, keys, 80, **of_way).case()
-    broken = [(keys - 5, 3, torch.nan), (keys - 2, 50, torch.inf)]
-    if way == "block":  # in a tile that all rows see whole, and in two that some do not
-        broken = [(3, 7, torch.inf), (60, 3, torch.nan), (101, 50, -torch.inf)]
-    for key, column, what in broken:
-        case.value[:, :, key, column] = what
-    output = case.selection(way).run(case.problem(way, "triton", device), "triton").output.cpu()
-    expected = case.reference(way).output
-    sound = output.isfinite()
-    assert not sound[expected.isnan()].any()
-    assert_close(output[sound], expected[sound], TOLERANCE[dtype])
-    touched = [column for _, column, _ in broken]
-    assert sound[..., [column for column in range(80) if column not in touched]].all()
-    for key, column, _ in broken:
-        assert expected[..., column].isnan().any()
-        # The first row of the first program with a row that sees it; blocks of queries begin at multiples of 64.
-        first = {"block": key // 64 * 64 - (keys - queries), "codes": 0}.get(way, (key - 53 + 40) // rows * rows)
-        assert sound[:, :, : max(first, 0), column].all()
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_value_of_no_attended_page_may_be_anything_and_another_is_seen(broken, device):
+    case = Shape("pages", (), queries=1, keys=200, budget=70).case()
+    # An all-zero query weighs every page alike: pages 0 to 3 and the own one are attended.
+    case.query.zero_()
+    case.key.fill_(0.25)
+    case.value[:, :, 150] = broken
+    assert check("pages", case, "triton").output.isfinite().all()
+    case.value[:, :, 3, 5] = broken
+    assert not check("pages", case, "triton").output.isfinite().all()
 
 
-@ROWS
-def test_keys_between_what_the_rows_of_a_program_see_change_nothing(way, device):
-    case = Shape("apart", (), group=1).case()
-    for first, seen in ((0, (2, 9)), (7, (40, 40)), (9, (12, 26)), (14, (26, 33))):
-        case.visible[:, first:] = torch.tensor(seen, dtype=torch.int32)
-    case.budget = case.budget.minimum(case.rows)
-    assert int(case.unread(way).sum()) == 2 + 3 + 20
-    assert check(way, case, "triton", device).output.isfinite().all()
+@pytest.mark.parametrize("softcap", [0.0, 80.0])
+def test_a_block_scores_the_same_whether_its_tile_is_masked_or_not(softcap, device, monkeypatch):
+    # A compiler, and ``gpu_semantics``, round a product once where it goes straight into a difference: no mask between.
+    # Row 0 sees all keys in one call, so that no tile is masked, and half of them in the other; rows 1 to 3 see all.
+    sizes = {"group": 1, "queries": 4, "keys": 256, "head_dim": 32, "budget": 100, "softcap": softcap}
+    case = Shape("paths", (), blocks={"sample_stride": 1, "min_mass": 0.9}, **sizes).case()
+    case.query *= 30  # large scores, in which a rounding shows
+    found, score = [], triton_block.score_blocks_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda **kwargs: (score[grid](**kwargs), found.append(kwargs["scores"].view(-1, 4)[:, 1:]))
+
+    monkeypatch.setattr(triton_block, "score_blocks_kernel", Recorded())
+    for first in (0, 128):
+        case.visible[0] = torch.tensor([0, 256])
+        case.visible[0, 0, 0] = first
+        case.run("block", "triton")
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("way", ["topk", "block", "codes", "pages"])
-def test_neighbours_in_a_batch_change_nothing(way, device):
-    few = {"queries": 1, "group": 3} if WAYS[way].index else {"queries": 40}
-    case = Shape("neighbours", (), batch=2, keys=80, intervals="padding", **few).case()
-    case.min_mass = 0.6
-    alone = replace(case, **{n: getattr(case, n)[1:] for n in ("query", "key", "value", "visible", "origin", "budget")})
-    case.key[0], case.value[0] = 2.0, 3.0
-    both, one = (of.selection(way).run(of.problem(way, "triton", device), "triton").output for of in (case, alone))
-    assert torch.equal(both[1], one[0])
+def plan_with(widths: list[int], samples: list[int]) -> BlockPlan:
+    """A plan of query blocks with so many key blocks and scored rows, as far as chunks are cut by it."""
+    first, listed = 0, []
+    for width, count in zip(widths, samples, strict=True):
+        listed.append(PlannedBlock(0, 0, 0, 0, 0, 0, lowest=0, width=width, first_sample=first, samples=count))
+        first += count
+    return BlockPlan(*(torch.zeros(0),) * 7, listed, 1)
 
 
-@pytest.mark.parametrize("way", ["drop", "block"])
-def test_no_query_is_an_empty_output(way, device):
-    case = Shape("nothing", (), queries=0, sinks=True).case()
-    assert case.selection(way).run(problem_of_case(case, device), "triton").output.shape == (1, 2, 0, 64)
+@pytest.mark.parametrize("keys", [32_768, 524_288, 2_097_152])
+def test_chunks_give_every_multiprocessor_work_within_the_memory_allowed(keys):
+    # Llama-3-8B: 8 key/value heads of 4 query heads, blocks of 16 keys, and rows scored by the law.
+    rows = range(0, keys, 64)
+    strides = stride_by_law(torch.tensor([row + 64 for row in rows], dtype=torch.float64).sqrt() / 24).tolist()
+    samples = [0 if row < 1024 else 64 // stride for row, stride in zip(rows, strides, strict=True)]
+    widths = [(row + 64) // 16 for row in rows]
+    chunks = triton_block.score_chunks(plan_with(widths, samples), 8, 4, 132)
+    assert [n for chunk in chunks for n in range(chunk.first, chunk.last)] == list(range(len(widths)))
+    for chunk in chunks:
+        assert chunk.width == max(widths[chunk.first : chunk.last])
+        assert chunk.first_sample == sum(samples[: chunk.first])
+        assert chunk.samples == sum(samples[chunk.first : chunk.last])
+        size = chunk.width * chunk.samples * 8 * 4 * 4
+        assert size <= triton_block.MOST_SCORE_BYTES
+        enough = (chunk.last - chunk.first) * 8 >= 4 * 132 or size > triton_block.MOST_SCORE_BYTES // 2
+        assert enough or chunk.last == len(widths)
 
 
-def means_of(case: Case) -> PageMeans:
-    return page_means(case.key, case.value, page_starts(case.visible, case.origin, case.key.shape[2]))
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_scored_tiles_hold_whole_blocks(architecture):
+    for dtype in (torch.bfloat16, torch.float32):
+        for block_size in (16, 32, 64, 128):
+            for head_dim in (16, 64, 80, 128, 192, 256):
+                tiles = block_tiles(architecture, dtype, head_dim, head_dim, block_size)
+                assert tiles.score.keys % block_size == 0
 
 
-@pytest.mark.parametrize("way", ["topk", "codes with means"])
-@pytest.mark.parametrize("whole", [False, True], ids=["some", "all"])
-def test_a_page_that_is_attended_whole_hides_what_its_mean_holds(way, whole, device):
-    """A page without a key left over for any row of a program has no part in the tail, though its mean is infinite."""
-    case = Shape("whole", (), queries=2, keys=64, sink_keys=16, recent_keys=0).case()
-    case.budget = torch.tensor([[[16, 16 if whole else 8]]], dtype=torch.int32)
-    means = means_of(case)
-    means.value[:, :, 0] = torch.inf
-    problem = case.problem(way, "triton", device)._replace(means=PageMeans(*(t.to(device) for t in means)))
-    output = case.selection(way).run(problem, "triton").output.cpu()
-    if whole:
-        assert relative_error(output, case.reference(way).output) < 1e-5
-    else:  # it may reach the other row too, which shares a program
-        assert not output[:, :, 1].isfinite().any()
-
-
-@FP32_BF16
-def test_means_are_those_of_pytorch(dtype, device):
-    g = torch.Generator().manual_seed(0)
-    key, value = (torch.randn(2, 1, 93, width, generator=g).to(dtype) for width in (16, 70))
-
-    origin = torch.tensor([[0] * 20 + [20] * 33 + [53] * 40, [3] * 93], dtype=torch.int32)
-    visible = torch.stack((origin.clamp(min=0), torch.arange(1, 94, dtype=torch.int32).expand(2, -1)), -1)
-    of_prompts = page_starts(visible, origin, 93)
-    for starts in (of_prompts, of_prompts[:, 1:2]):
-        ours = triton_page_means(*(t.to(device) for t in (key, value, starts)))
-        for mine, other in zip(ours, page_means(key, value, starts), strict=True):
-            # The interpreter cuts what does not fit 16 bits.
-            torch.testing.assert_close(mine.cpu(), other, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
-
-
-def test_a_patched_model_generates_as_with_pytorch(device):
-    ids = random_ids(1, 35).to(device)
-    tokens, logits = {}, {}
-    for backend in ("torch", "triton"):
-        model = tiny_model("llama", num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=2).to(device)
-        patch_model(model, 1.0, 0.5, tail="mean", backend=backend, key_index="always")
-        made = model.generate(ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
-        tokens[backend], logits[backend] = made.sequences.tolist(), torch.cat(made.logits)
-    assert tokens["triton"] == tokens["torch"]
-    torch.testing.assert_close(logits["triton"], logits["torch"], atol=1e-4, rtol=1e-4)
+PREFILLS = (TopK(tail="drop"), Window(), Block(16))
 
 
 @pytest.mark.parametrize(
@@ -221,14 +121,29 @@ def test_a_patched_model_generates_as_with_pytorch(device):
 )
 def test_inputs_that_do_not_fit_are_refused(change, message):
     problem = problem_of_case(SHAPES[0].case())._replace(**change)
-    for chosen in (TopK(tail="drop"), Window()) if "value" in change else (TopK(tail="drop"), Window(), Block(16)):
+    for chosen in PREFILLS[:2] if "value" in change else PREFILLS:
         with pytest.raises(ValueError, match=message):
             chosen.prefill_triton(problem)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"origin": torch.zeros(1, 2, dtype=torch.int32)}, "origin must be int32"),
+        ({0: torch.zeros(1, 1, 13, 3, 32, dtype=torch.int8)}, "page_codes must be"),
+        ({1: torch.zeros(1, 1, 13, 3).double()}, "page_scales must be"),
+    ],
+)
+def test_pages_that_do_not_fit_are_refused(change, message):
+    problem = Shape("pages", (), queries=1, keys=200, budget=70).case().problem("pages")
+    index = tuple(change.pop(number, tensor) for number, tensor in enumerate(problem.key_index))
+    with pytest.raises(ValueError, match=message):
+        Block(16).run(problem._replace(key_index=index, **change), "triton")
+
+
 def test_means_that_do_not_fit_are_refused():
     case = Shape("means", (), queries=2, keys=40, head_dim=16, value_dim=24).case()
-    means, problem = means_of(case), problem_of_case(case)
+    means = page_means(case.key, case.value, page_starts(case.visible, case.origin, 40))
     of_keys = r"means of keys must be float32 \[1, 1, 3, 16\] on cpu, got float32 \[1, 1, 2, 16\] on cpu"
     for tail, message in (
         (PageMeans(means.key[:, :, :2], means.value), of_keys),
@@ -236,4 +151,4 @@ def test_means_that_do_not_fit_are_refused():
         (PageMeans(*(t.half() for t in means)), "means of keys must be float32"),
     ):
         with pytest.raises(ValueError, match=message):
-            TopK().prefill_triton(problem._replace(means=tail))
+            TopK().prefill_triton(problem_of_case(case)._replace(means=tail))
