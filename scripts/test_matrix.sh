@@ -18,7 +18,7 @@ read -ra releases <<<"${TRANSFORMERS:-5.17.0 5.23.0 5.24.0}"
 out="${OUT:-docs/results/matrix.json}"
 home="${NC_MATRIX_DIR:-.matrix}"
 # What a change in PyTorch, Triton or transformers can break: settings need none of them, GPUs have scripts/gpu_check.sh.
-core=(tests/test_{attention,blocks,cache,config,interpreter,masks,patch,reference,refusals,stats,triton_compile}.py
+core=(tests/test_{attention,blocks,cache,config,cpu,interpreter,masks,patch,reference,refusals,stats,steps,triton_compile}.py
     tests/test_ways.py tests/test_ways_{compile,masks,training}.py)
 [ $# -eq 0 ] || core=("$@")
 export FILES="$*" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}" COMMIT
@@ -85,7 +85,7 @@ print("numpy" if [*map(int, triton.__version__.split(".")[:2])] >= [3, 7] else "
     for release in "${releases[@]}"; do
         combination="$python, torch $torch, triton $triton, transformers $release"
         why="$missing"
-        if [ -n "$why" ] || ! install "transformers==$release" "$numpy" hypothesis psutil pytest; then
+        if [ -n "$why" ] || ! install "transformers==$release" "$numpy" hypothesis numba psutil pytest; then
             echo "$combination: not installed: $why"
             record "$torch" "$triton" "$release" "not installed" 0 "$why"
             failed=1
