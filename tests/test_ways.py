@@ -147,14 +147,6 @@ def test_generation_is_dense_with_a_full_budget_and_that_of_the_row_alone_with_a
     assert torch.equal(generated(never, left_padded(rows), **options), expected)
 
 
-def test_a_full_budget_draws_the_tokens_of_dense(family):
-    batch, drawn = left_padded(rows_of(3)), {"num_beams": 3, "do_sample": True}
-    for settings in (ways.TOPK, {"on_drop": "dense", "max_dropped_mass": 0.5}):
-        model = full(family, **settings)
-        assert torch.equal(generated(model, batch, **drawn), generated(tiny_model(family), batch, **drawn))
-        assert ways.attended_fraction(model) == 1.0
-
-
 def test_what_an_assistant_proposes_changes_no_token(family):
     proposals = [
         {"assistant_model": tiny_model("llama")},
