@@ -9,9 +9,9 @@ from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 
+import build_docs_tables
 import pytest
 import torch
-from script_modules import load_script
 from tiny_models import tiny_model
 
 import nc_patch
@@ -95,12 +95,11 @@ def test_the_table_of_options_has_the_names_and_defaults_of_the_config():
 
 
 def test_tables_of_figures_are_those_of_the_results(capsys):
-    assert load_script("build_docs_tables").main(["--check"]) == 0, capsys.readouterr().err
+    assert build_docs_tables.main(["--check"]) == 0, capsys.readouterr().err
 
 
 def test_a_table_that_is_out_of_date_is_named(tmp_path, monkeypatch, capsys):
-    tables = load_script("build_docs_tables")
-    page = tmp_path / "page.md"
+    tables, page = build_docs_tables, tmp_path / "page.md"
     page.write_text("Before.\n<!-- table: budgets -->\n| old |\n<!-- end -->\nAfter.\n")
     monkeypatch.setattr(tables, "PAGES", (page,))
     assert tables.main(["--check"]) == 1

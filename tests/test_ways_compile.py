@@ -20,12 +20,6 @@ EACH_PLAIN = pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN)
 COMPILED = ("topk", "unasked")  # in the wide sweep over families
 
 
-def in_the_wide_sweep_but_the_last(name, *values):
-    """All values of an argument; those that are not the last are left to the wide sweep."""
-    *others, last = values
-    return pytest.mark.parametrize(name, [*(pytest.param(each, marks=pytest.mark.wide) for each in others), last])
-
-
 @pytest.fixture(autouse=True)
 def compiled_anew():
     torch._dynamo.reset()
@@ -121,7 +115,7 @@ def test_a_compiled_call_refuses_a_padding_mask_with_holes():
             compiled(ids, attention_mask=mask, use_cache=False)
 
 
-@in_the_wide_sweep_but_the_last("selection", "topk", "window", "block")
+@pytest.mark.parametrize("selection", ways.wide_but(["block"], ["topk", "window", "block"]))
 def test_a_compiled_static_cache_takes_holes_that_were_there_from_the_first_call(selection):
     model, batch = small(layers=1, selection=selection, block_size=16), ways.with_holes(ways.rows_of(3, shortest=30))
     eager = generated(model, batch, cache_implementation="static")
@@ -157,8 +151,9 @@ def exported(function, inputs, shapes, model=None):
     return torch.export.export(call, tuple(inputs), dynamic_shapes=(shapes,)).module()
 
 
-@in_the_wide_sweep_but_the_last("settings", {"family": "gemma2", "layers": 2}, *PLAIN.values())
-def test_an_exported_model_takes_every_length_from_two_on(settings):
+@pytest.mark.parametrize("name", ways.wide_but(["unasked"], ["gemma2", *PLAIN]))
+def test_an_exported_model_takes_every_length_from_two_on(name):
+    settings = PLAIN.get(name, {"family": name, "layers": 2})
     model, length = small(**{"layers": 1} | settings), torch.export.Dim("length", min=2, max=8192)
     logits = lambda ids: model(ids, use_cache=False).logits  # noqa: E731
     run = exported(logits, [random_ids(2, 40)], ({1: length},), model)

@@ -11,6 +11,7 @@ from family_shapes import tiny_model
 from family_suite import examine
 from family_walk import Family, families
 from transformers import DynamicCache, masking_utils
+from ways import wide_but
 
 import nc_patch.families
 import nc_patch.layers
@@ -45,9 +46,7 @@ def test_every_family_that_is_found_has_an_outcome_in_the_record():
     assert transformers.__version__ != RECORDED_WITH or sorted(found) == sorted(RECORDED)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in PLAIN else pytest.mark.wide) for name in BY_NAME]
-)
+@pytest.mark.parametrize("name", wide_but(PLAIN, BY_NAME))
 def test_every_family_gives_the_same_numbers_or_is_refused_as_the_record_says(name):
     outcome = examine(BY_NAME[name])
     recorded = RECORDED[outcome.class_name]
