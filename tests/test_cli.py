@@ -142,18 +142,6 @@ def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(
     assert CANNOT.format(file) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("further", "message"),
-    [
-        (("--fraction", "2"), "fraction must be a number"),
-        (("--fraction", "0.1", "--at", "0"), "n must be at least 1, got 0"),
-    ],
-)
-def test_calibrate_sees_before_it_measures_that_its_budget_is_none(arguments_of, capsys, unmeasured, further, message):
-    assert main(arguments_of("calibrate", *further)) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
