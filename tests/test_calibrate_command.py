@@ -119,7 +119,6 @@ def test_a_sweep_measures_a_profile_and_keeps_it_apart_from_others(home, calibra
 @pytest.mark.parametrize(
     ("further", "message"),
     [
-        (("--methods", "dense", "profile"), "the method profile needs a calibrated profile: --profile FILE"),
         (("--profile", "/no/such/file"), "the profile /no/such/file cannot be read"),
         (("--match", "iso", "--profile", "PATH"), "profile gives each head its own budget, which --match iso"),
         (("--profile", "OTHER"), "is for 2 layers of 4 query heads"),
