@@ -51,13 +51,6 @@ def test_a_call_of_few_keys_is_that_of_the_unpatched_model_and_keeps_no_index(fa
     assert all(set(layer.nc_indexes) == INDEXES[setting] for layer in beyond)
 
 
-def test_what_patch_model_does_unasked_is_the_unpatched_model_up_to_1024_keys(dense_with_few_keys):
-    dense, model, ids = tiny_model("llama"), patch_model(tiny_model("llama"), backend="torch"), random_ids(1, 300)
-    text = dense.generate(ids, max_new_tokens=8, do_sample=False)
-    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), text)
-    assert dense_calls(model) == [{"no query sees more than dense_below=1024 keys": 8}] * 3
-
-
 def test_the_function_attends_by_the_law_alone_unless_it_is_told(dense_with_few_keys):
     query, key = torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16)
     attended = lambda **given: sparse_attention(query, key, key, alpha=2.0, C=0.5, return_stats=True, **given).attended  # noqa: E731

@@ -10,7 +10,7 @@ import torch
 from profiles import made_up_profile
 from tiny_models import random_ids, tiny_model
 from transformers import AutoConfig, AutoModel, LlamaForCausalLM
-from ways import EACH_FAMILY, FULL, SMALL, TOPK, alone, assert_close, in_a_batch, rows_of, small
+from ways import EACH_FAMILY, FULL, SMALL, TOPK, alone, assert_close, in_a_batch, rows_of, small, state_of
 
 from nc_patch import (
     NCConfig,
@@ -214,10 +214,10 @@ PROFILE = made_up_profile()
 )
 def test_wrong_settings_are_refused_and_nothing_changes(arguments, options, error, message, before):
     model, ids = before(small()), random_ids(1, 40)
-    state, logits = (is_patched(model), model.config._attn_implementation, hooks_of(model)), model(ids).logits
+    logits, state = model(ids).logits, (state_of(model), hooks_of(model))
     with pytest.raises(error, match=message):
         patch_model(model, *arguments, **options)
-    assert (is_patched(model), model.config._attn_implementation, hooks_of(model)) == state
+    assert (state_of(model), hooks_of(model)) == state
     assert torch.equal(model(ids).logits, logits)
 
 

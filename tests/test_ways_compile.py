@@ -43,12 +43,11 @@ def test_compiled_prompts_of_many_lengths_equal_dense_and_eager_ones_and_share_t
         assert frames.frame_count == min(2 + ("dense_below" in settings), len(lengths))
 
 
-@pytest.mark.parametrize("kind", ["positions", "cu_seq_lens"])
-def test_a_compiled_call_splits_packed_sequences(kind):
-    rows, model = [random_ids(21), random_ids(34)], small(layers=1)
+@pytest.mark.parametrize("way", ["padded left", "packed by positions", "packed by lengths"])
+def test_a_compiled_call_keeps_rows_apart(way):
+    rows, model = ways.rows_of(2), small(layers=1)
     with torch.inference_mode():
-        found = whole(model)(torch.cat(rows)[None], use_cache=False, **ways.boundaries(kind, [21, 34])).logits[0]
-        assert_close(found, torch.cat([model(row[None]).logits[0] for row in rows]))
+        assert_close(ways.WAYS[way](whole(model), rows), ways.alone(model, rows))
 
 
 def generated_by_compiled_steps(model, ids):
@@ -104,15 +103,9 @@ def test_a_compiled_step_of_training_has_the_gradients_of_an_eager_one(settings)
 
 
 def test_a_compiled_call_refuses_a_padding_mask_with_holes():
-    model, ids, mask = small(layers=1), random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
-    mask[0, :10] = 0
-    compiled = whole(model)
-    with torch.inference_mode():
-        found, expected = (each(ids, attention_mask=mask, use_cache=False).logits for each in (compiled, model))
-        assert_close(found[mask.bool()], expected[mask.bool()])
-        mask[0, 20] = 0
-        with pytest.raises(RuntimeError, match=r"the padding mask has holes.*to generate, to the left"):
-            compiled(ids, attention_mask=mask, use_cache=False)
+    compiled, refused = whole(small(layers=1)), r"the padding mask has holes.*to generate, to the left"
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=refused):
+        compiled(**ways.with_holes(ways.rows_of(2)), use_cache=False)
 
 
 @pytest.mark.parametrize("selection", ways.wide_but(["block"], ["topk", "window", "block"]))

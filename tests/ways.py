@@ -116,6 +116,19 @@ def generated(model: PreTrainedModel, batch: Any, **options: Any) -> torch.Tenso
     return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
 
 
+def generated_alone(model: PreTrainedModel, prompts: list[list[int]], count: int) -> dict[str, list[Any]]:
+    """For each prompt by itself the greedy ``tokens``, so many, and their ``logprobs``."""
+    how = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    found: dict[str, list[Any]] = {"tokens": [], "logprobs": []}
+    for ids in (torch.tensor([prompt]) for prompt in prompts):
+        given = {"attention_mask": torch.ones_like(ids), "output_logits": True, "return_dict_in_generate": True}
+        out = model.generate(ids, **given, **how)
+        new = out.sequences[0, ids.shape[1] :]
+        found["tokens"].append(new.tolist())
+        found["logprobs"].append(torch.cat(out.logits).log_softmax(-1).gather(1, new[:, None]).flatten().tolist())
+    return found
+
+
 def rows_of(count: int, shortest: int = 20, step: int = 7) -> list[torch.Tensor]:
     """Up to eight rows of random ids, each of another length."""
     return [random_ids(shortest + step * (3 * place % 8)) for place in range(count)]
