@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 from profiles import made_up_profile
-from tiny_models import random_ids, tiny_model
-from transformers import AutoConfig, AutoModel, LlamaForCausalLM
-from ways import EACH_FAMILY, FULL, SMALL, TOPK, alone, assert_close, in_a_batch, rows_of, small, state_of
+from tiny_models import FAMILIES, random_ids, tiny_model
+from transformers import AutoConfig, AutoModel, DynamicCache, LlamaForCausalLM
+from ways import EACH_FAMILY, FULL, SETTINGS, SMALL, TOPK, alone, assert_close, in_a_batch, rows_of, small, state_of
 
 from nc_patch import (
     NCConfig,
@@ -25,6 +25,7 @@ from nc_patch import (
 )
 from nc_patch.common import say_once
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
+from nc_patch.ops.backends import has_numba
 from nc_patch.selections import Block, TopK
 
 
@@ -57,6 +58,37 @@ def test_a_law_of_every_key_is_dense_and_unpatching_leaves_the_model_bit_for_bit
         assert (model.config.to_dict(), model.config._attn_implementation) == (config, implementation)
         assert all(map(torch.equal, in_a_batch(model, rows), before))
         assert torch.equal(model.generate(rows[0][None], max_new_tokens=4), text)
+
+
+BORDER = 64
+WITH_MEANS = {"codes", "means"} if has_numba() else {"means"}
+INDEXES = {"topk": WITH_MEANS, "unasked": WITH_MEANS, "topk by codes": {"codes"}, "window": set(), "blocks": {"pages"}}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_a_call_of_few_keys_is_that_of_the_unpatched_model_and_keeps_no_index(family, setting):
+    in_pytorch = {"backend": "torch", "on_drop": "raise", "max_dropped_mass": 0.0}  # and nothing is dropped
+    settings = SETTINGS[setting] | {"dense_below": BORDER}
+    models = [patch_model(tiny_model(family), *SMALL, **settings | more) for more in ({}, in_pytorch)]
+    models.append(tiny_model(family))
+    exact = FAMILIES[family][3] == "sdpa"  # eager attention rounds otherwise
+    caches = [DynamicCache(config=models[0].config) for _ in models]
+    for piece in random_ids(2, BORDER).split([BORDER - 5, 1, 1, 3], 1):
+        calls = zip(models, caches, strict=True)
+        found, by_pytorch, expected = (model(piece, past_key_values=cache).logits for model, cache in calls)
+        assert_close([found, by_pytorch], [expected] * 2)
+        # A single query of a group is a row of its head's, which rounds otherwise, as do the compiled kernels.
+        assert torch.equal(by_pytorch, expected) or not exact or piece.shape[1] <= 3
+    assert not any(getattr(layer, "nc_indexes", None) for layer in caches[0].layers)
+    few = {f"no query sees more than dense_below={BORDER} keys": 4}
+    assert [layer["dense_calls"] for layer in nc_stats(models[0])["layers"]] == [few] * 3
+    assert nc_stats(models[0])["attended_fraction"] == 1.0
+    models[0](random_ids(2, 1), past_key_values=caches[0])
+    layers = zip(caches[0].layers, nc_stats(models[0])["layers"], strict=True)
+    beyond = [layer for layer, stats in layers if stats["dense_calls"] == few]  # not those of a narrow window
+    assert len(beyond) == (3 if family == "llama" else 1)
+    assert all(set(layer.nc_indexes) == INDEXES[setting] for layer in beyond)
 
 
 # What is patched, and for how long
