@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import pickletools
 
 import pytest
 import torch
@@ -174,13 +175,12 @@ class CacheSequences(Machine):
     @rule(by=st.sampled_from(["pickle", "torch.save"]))
     def save_and_load(self, by):
         for place, cache in enumerate(self.caches):
+            named = [word for _, word, _ in pickletools.genops(pickle.dumps(cache)) if isinstance(word, str)]
+            assert not any("nc_" in word for word in named)  # of transformers alone
             file = io.BytesIO()
             (pickle.dump if by == "pickle" else torch.save)(cache, file)
-            assert b"nc_patch" not in file.getvalue()  # it holds a cache of transformers
             file.seek(0)
-            loaded = pickle.load(file) if by == "pickle" else torch.load(file, weights_only=False)
-            assert not any("nc_" in name for layer in loaded.layers for name in vars(layer))
-            self.caches[place] = loaded
+            self.caches[place] = pickle.load(file) if by == "pickle" else torch.load(file, weights_only=False)
         self.call(1)
 
     @rule(data=st.data())
