@@ -167,7 +167,7 @@ def test_texts_are_cut_evenly_and_do_not_overlap():
     [
         ({"texts": "a text"}, "texts must be a list"),
         ({"texts": [""]}, "needs a tokenizer"),
-        ({"texts": ["  "], "tokenizer": True}, "text 0 is empty"),
+        ({"texts": ["  "], "tokenizer": tiny_tokenizer()}, "text 0 is empty"),
         ({"texts": [3]}, "text 0 is neither a text nor token ids"),
         ({"texts": [IDS[:100], IDS]}, "text 0 has 100 tokens, and the longest length is 128"),
         ({"texts": [IDS], "pieces": 9}, "the texts hold 3 pieces of 128 tokens, and 9 are asked for"),
@@ -183,11 +183,9 @@ def test_texts_are_cut_evenly_and_do_not_overlap():
 )
 def test_what_cannot_be_calibrated_is_refused_before_any_work(arguments, message, monkeypatch):
     monkeypatch.setattr(measure, "row_curves", None)
-    given = {"tokenizer": None, "texts": [IDS], "lengths": LENGTHS, "pieces": 1, "rows": 6} | arguments
-    if given["tokenizer"]:
-        given["tokenizer"] = tiny_tokenizer()
+    given = {"tokenizer": None, "texts": [IDS], "lengths": LENGTHS, "pieces": 1, "rows": 6}
     with pytest.raises(ProfileError, match=message):
-        calibrate(tiny_model("llama"), **given)
+        calibrate(tiny_model("llama"), **given | arguments)
 
 
 def test_models_that_cannot_be_patched_or_give_nan_are_refused():

@@ -16,36 +16,6 @@ from nc_patch import __version__
 from nc_patch.cli import main
 
 PROFILE = Path(__file__).parent / "data" / "profile_format_1.json"
-BENCH = ["bench", "decode", "--device", "cpu"]
-CANNOT = "cannot be written: {} is a directory. Give another"
-
-
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """Whatever a command would measure fails."""
-
-    def measured(*_: object, **__: object) -> None:
-        raise AssertionError("something was measured before what the end needs was looked for")
-
-    monkeypatch.setattr(sweep, "_measure_all", measured)
-    monkeypatch.setattr(fidelity_command, "fidelity", measured)
-    monkeypatch.setattr(calibrate_command, "calibrate", measured)
-    monkeypatch.setattr(command, "_measure", measured)
-
-
-@pytest.fixture
-def arguments_of(tmp_path):
-    """Arguments of each command that measures, on a tiny model."""
-
-    def arguments_of(name, *further):
-        sweep = sweep_arguments(tmp_path, tmp_path / "out", *further)
-        if name == "eval":
-            return sweep
-        if name == "bench":
-            return [*BENCH, "--out", str(tmp_path / "out"), *further]
-        return [name, "--device", "cpu", *sweep[1:7], *further]
-
-    return arguments_of
 
 
 def test_help_lists_and_the_version_are_printed(capsys):
@@ -134,24 +104,18 @@ def test_a_backend_that_needs_a_gpu_is_refused_on_the_cpu_before_any_work(tmp_pa
         *(("bench", file) for file in ("decode.json", "decode.png")),
     ],
 )
-def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(
-    name, file, arguments_of, tmp_path, capsys, unmeasured
-):
+def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(name, file, tmp_path, capsys, monkeypatch):
+    for module, measures in (
+        *((sweep, "_measure_all"), (fidelity_command, "fidelity"), (calibrate_command, "calibrate")),
+        (command, "_measure"),
+    ):
+        monkeypatch.setattr(module, measures, None)
     (tmp_path / "out" / file).mkdir(parents=True)
-    assert main(arguments_of(name)) == 2
-    assert CANNOT.format(file) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("further", "message"),
-    [
-        (("--fraction", "2"), "fraction must be a number"),
-        (("--fraction", "0.1", "--at", "0"), "n must be at least 1, got 0"),
-    ],
-)
-def test_calibrate_sees_before_it_measures_that_its_budget_is_none(arguments_of, capsys, unmeasured, further, message):
-    assert main(arguments_of("calibrate", *further)) == 2
-    assert message in capsys.readouterr().err
+    eval_command = sweep_arguments(tmp_path, tmp_path / "out")
+    bench_command = ["bench", "decode", "--device", "cpu", "--out", str(tmp_path / "out")]
+    others = {"eval": eval_command, "bench": bench_command}
+    assert main(others.get(name, [name, "--device", "cpu", *eval_command[1:7]])) == 2
+    assert f"cannot be written: {file} is a directory. Give another" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeypatch):

@@ -10,12 +10,14 @@ from tiny_models import VOCABULARY, tiny_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState
+from ways import generated_alone
 
 from nc_patch import NCConfig, UnsupportedModelError, continuous, nc_stats, patch_model, patched, unpatch_model
 from nc_patch.patch import observed
 
 NEW = 14
 NO_END = {"max_new_tokens": NEW, "pad_token_id": 0}
+GREEDY = GenerationConfig(**NO_END, do_sample=False)
 PAGES = {"alpha": 2.0, "C": 0.5, "dense_below": 0, "decode": "block"}
 Tokens = list[list[int]]
 
@@ -35,11 +37,8 @@ def dense(prompts) -> tuple[Tokens, list[float]]:
 
 
 def model_with(**settings: Any) -> Any:
-    return patch_model(tiny_model("llama", max_position_embeddings=1024), **settings)
-
-
-def greedy(**more: Any) -> GenerationConfig:
-    return GenerationConfig(**NO_END, do_sample=False, **more)
+    """Patched to decode by pages, with a small budget, unless other settings are given."""
+    return patch_model(tiny_model("llama", max_position_embeddings=1024), **PAGES | settings)
 
 
 def memory(**options: Any) -> ContinuousBatchingConfig:
@@ -48,22 +47,15 @@ def memory(**options: Any) -> ContinuousBatchingConfig:
 
 def alone(model: Any, prompts: Tokens) -> tuple[Tokens, list[float]]:
     """Tokens of generate for each prompt by itself, and their log-probabilities."""
-    how = greedy(output_logits=True, return_dict_in_generate=True)
-    tokens, logprobs = [], []
-    for prompt in prompts:
-        found = model.generate(torch.tensor([prompt]), generation_config=how)
-        new = found.sequences[0, len(prompt) :]
-        tokens.append(new.tolist())
-        logits = torch.cat(found.logits).log_softmax(-1)
-        logprobs += logits.gather(1, new[:, None]).flatten().tolist()
-    return tokens, logprobs
+    found = generated_alone(model, prompts, NEW)
+    return found["tokens"], [each for request in found["logprobs"] for each in request]
 
 
 def batched(model: Any, prompts: Tokens, copies: int = 1, **options: Any) -> tuple[Tokens, list[float]]:
     """The same of all prompts together; each ``copies`` times, which shares or copies the blocks of its prompt."""
     # Several continuations need sampling, of which top_k=1 leaves nothing to chance.
     sampling = GenerationConfig(**NO_END, do_sample=True, top_k=1, num_return_sequences=copies)
-    how = sampling if copies > 1 else greedy()
+    how = sampling if copies > 1 else GREEDY
     found = model.generate_batch(prompts, how, memory(return_logprobs=True, **options))
     assert [output.error for output in found.values()] == [None] * (len(prompts) * copies)
     outputs = [output for output in found.values() if "child" not in output.request_id or copies > 1]
@@ -85,15 +77,15 @@ NO_TABLES = {"max_blocks_per_request": 0}
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
-        ({**PAGES, "prefill": "dense"}, {}),
-        ({**PAGES, "prefill": "topk"}, {}),
-        ({**PAGES, "prefill": "topk"}, NO_TABLES),
-        ({**PAGES, "prefill": "topk", "block_size": 32}, {"page_size": 64}),
-        ({**PAGES, "prefill": "topk", "alpha": [2.0, [1.0, 2.0, 3.0, 4.0], 1.5], "dense_layers": [2]}, {}),
-        ({**PAGES, "prefill": "topk", "dense_below": 100}, {"allow_block_sharing": False}),
-        ({**PAGES, "prefill": "block"}, {"max_batch_tokens": 1024, "allow_block_sharing": False}),
-        ({**PAGES, "prefill": "window", "decode": "window"}, NO_TABLES),
-        ({**PAGES, "prefill": "topk", "decode": "dense"}, {"scheduler_type": "prefill_first"}),
+        ({"prefill": "dense"}, {}),
+        ({"prefill": "topk"}, {}),
+        ({"prefill": "topk"}, NO_TABLES),
+        ({"prefill": "topk", "block_size": 32}, {"page_size": 64}),
+        ({"prefill": "topk", "alpha": [2.0, [1.0, 2.0, 3.0, 4.0], 1.5], "dense_layers": [2]}, {}),
+        ({"prefill": "topk", "dense_below": 100}, {"allow_block_sharing": False}),
+        ({"prefill": "block"}, {"max_batch_tokens": 1024, "allow_block_sharing": False}),
+        ({"prefill": "window", "decode": "window"}, NO_TABLES),
+        ({"prefill": "topk", "decode": "dense"}, {"scheduler_type": "prefill_first"}),
     ],
     ids=["dense", "topk", "no tables", "pages of 32", "by head", "dense below", "block", "window", "dense decode"],
 )
@@ -103,7 +95,7 @@ def test_each_request_gets_what_it_gets_alone(prompts, dense, settings, options)
     assert nc_stats(model)["attended_fraction"] < 0.9
 
 
-@pytest.mark.parametrize("settings", [{"decode": "block"}, {}, {"prefill": "topk", "decode": "window"}])
+@pytest.mark.parametrize("settings", [{}, {"decode": "topk"}, {"prefill": "topk", "decode": "window"}])
 def test_with_a_full_budget_it_is_that_of_the_unpatched_model(prompts, dense, settings):
     found, logprobs = batched(model_with(alpha=1.0, C=1.0, **settings), prompts)
     assert found == dense[0]
@@ -111,13 +103,13 @@ def test_with_a_full_budget_it_is_that_of_the_unpatched_model(prompts, dense, se
 
 
 def test_block_sparse_prefill_in_pieces_of_whole_query_blocks_is_that_of_the_prompt_at_once(prompts):
-    model = model_with(**PAGES, prefill="block")
+    model = model_with(prefill="block")
     assert_as_alone(model, [prompts[4]], max_batch_tokens=128)
     assert nc_stats(model)["layers"][0]["dense_calls"] == {}
 
 
 def test_a_query_block_that_a_pass_cuts_attends_every_key_and_the_statistics_say_so(prompts):
-    model, dense = model_with(**PAGES, prefill="block"), model_with(**PAGES, prefill="dense")
+    model, dense = model_with(prefill="block"), model_with(prefill="dense")
     prompt = prompts[4][:63]
     tokens, logprobs = alone(dense, [prompt])
     found, found_logprobs = batched(model, [prompt], max_batch_tokens=40)
@@ -134,18 +126,18 @@ def test_a_request_that_is_computed_again_continues_as_it_began(prompts, monkeyp
     # Each grows out of its sixth block, and there is one block more.
     requests = [prompts[4][start : start + 95] for start in (0, 50, 100)]
     little = {"num_blocks": 19, "max_batch_tokens": 512, "safety_margin": 0.0, "allow_block_sharing": False}
-    assert_as_alone(model_with(**PAGES, prefill="topk"), requests, **little)
+    assert_as_alone(model_with(prefill="topk"), requests, **little)
     assert any(request.generated_tokens for request in again)
 
 
 @pytest.mark.parametrize("options", [{}, {"page_size": 64, "allow_block_sharing": False}], ids=["shared", "copied"])
 def test_several_continuations_of_a_prompt_are_what_each_is_alone(prompts, options):
-    model = model_with(**{**PAGES, "alpha": 4.0}, prefill="topk")
+    model = model_with(alpha=4.0, prefill="topk")
     assert_as_alone(model, [prompts[4], prompts[4][20:], prompts[2]], 3, num_blocks=300, **options)
 
 
 def test_a_request_counts_what_generate_counts(prompts):
-    model, other = model_with(**PAGES, prefill="topk"), model_with(**PAGES, prefill="topk")
+    model, other = model_with(prefill="topk"), model_with(prefill="topk")
     alone(model, [prompts[3]])
     batched(other, [prompts[3]])
     for name in ("attended_fraction", "mean_keys"):
@@ -153,10 +145,10 @@ def test_a_request_counts_what_generate_counts(prompts):
 
 
 def test_a_session_that_is_kept_serves_again_until_the_model_is_patched_anew(prompts):
-    model = model_with(**PAGES, prefill="topk")
+    model = model_with(prefill="topk")
     expected = alone(model, prompts)[0]
     for _ in range(2):
-        found = model.generate_batch(prompts, greedy(), memory(), persistent_manager=True)
+        found = model.generate_batch(prompts, GREEDY, memory(), persistent_manager=True)
         assert [output.generated_tokens for output in found.values()] == expected
     with patched(model, **{**PAGES, "alpha": 1.0, "prefill": "topk"}):
         assert assert_as_alone(model, prompts[3:]) != expected[3:]
@@ -164,7 +156,7 @@ def test_a_session_that_is_kept_serves_again_until_the_model_is_patched_anew(pro
 
 
 def test_unpatching_gives_back_the_models_own_continuous_batching(prompts, dense):
-    model = unpatch_model(model_with(**PAGES))
+    model = unpatch_model(model_with())
     assert "init_continuous_batching" not in model.__dict__
     tokens, logprobs = batched(model, prompts)
     assert tokens == dense[0]
@@ -175,7 +167,7 @@ def test_unpatching_gives_back_the_models_own_continuous_batching(prompts, dense
 
 
 def test_copies_and_pickles_serve_by_themselves(prompts):
-    model = model_with(**PAGES, prefill="topk")
+    model = model_with(prefill="topk")
     tokens = alone(model, prompts[:3])[0]
     calls = nc_stats(model)["layers"][0]["calls"]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -184,9 +176,9 @@ def test_copies_and_pickles_serve_by_themselves(prompts):
 
 
 def test_a_session_goes_on_after_a_pause_and_fails_when_the_model_is_unpatched(prompts):
-    model = model_with(**PAGES, prefill="topk")
+    model = model_with(prefill="topk")
     expected = alone(model, prompts)[0]
-    with model.continuous_batching_context_manager(greedy(), continuous_batching_config=memory()) as manager:
+    with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=memory()) as manager:
         manager.add_requests(prompts)
         with manager.pause():
             assert alone(model, prompts[:2])[0] == expected[:2]
@@ -231,7 +223,7 @@ def test_what_would_not_be_as_generate_is_refused_by_name(family, settings, opti
 
 
 def test_what_the_call_asks_for_is_refused_by_name_too(monkeypatch):
-    model = model_with(**PAGES)
+    model = model_with()
     with observed(model, print), pytest.raises(UnsupportedModelError, match="be observed: use generate"):
         model.generate_batch([[3, 4, 5]], GenerationConfig(**NO_END))
     with pytest.raises(UnsupportedModelError, match="quantized cache: leave cache_implementation out"):

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 import triton.language as tl  # noqa: E402
 from pretended_gpu import pretended_gpu  # noqa: E402
-from script_modules import load_script  # noqa: E402
+from small_attention import small_calls  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent
@@ -104,7 +104,7 @@ def test_the_pretended_gpu_takes_the_launches_that_a_gpu_takes(grid, constants, 
 
 
 def test_what_the_memory_checker_watches_is_finite_and_of_every_selection():
-    outputs = dict(load_script("small_attention").small_calls(torch.device("cpu")))
+    outputs = dict(small_calls(torch.device("cpu")))
     assert all(output.isfinite().all() for output in outputs.values())
     for name in ("prefill block", "prefill topk", "prefill window", "decoding topk", "decoding block"):
         assert any(found.startswith(name) for found in outputs)

@@ -150,16 +150,11 @@ def test_masks_of_four_dimensions_are_taken_where_every_row_is_one_run_and_refus
             visibility_of(mask, 2, 6, 6, "Layer")
 
 
-def test_a_mask_of_four_dimensions_has_documents_that_begin_where_their_rows_do_and_keeps_keys_in_place():
+def test_documents_of_a_mask_of_four_dimensions_begin_where_their_rows_do():
     mask = expected(KINDS["packed"][0])
     visibility = visibility_of(mask, 1, LENGTH, LENGTH, "Layer")
     assert visibility.origin.tolist() == BEGINS
     assert_sees(visibility, mask)
-    padding = torch.arange(20) >= 5
-    mask = torch.ones(20, 20, dtype=torch.bool).tril() & padding & padding[:, None]
-    visibility = visibility_of(mask[None, None], 1, 20, 20, "Layer")
-    assert visibility.order is None
-    assert visibility.visible[0, 5:].tolist() == [[5, end] for end in range(6, 21)]
 
 
 def test_packed_intervals_are_handed_in_again_and_neither_other_masks_nor_those_of_other_calls_are_taken_for_them():

@@ -21,12 +21,6 @@ EACH_PLAIN = pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN)
 COMPILED = ("topk", "unasked")  # in the wide sweep over families
 
 
-def in_the_wide_sweep_but_the_last(name, *values):
-    """All values of an argument; those that are not the last are left to the wide sweep."""
-    *others, last = values
-    return pytest.mark.parametrize(name, [*(pytest.param(each, marks=pytest.mark.wide) for each in others), last])
-
-
 @pytest.fixture(autouse=True)
 def compiled_anew():
     torch._dynamo.reset()
@@ -50,12 +44,11 @@ def test_compiled_prompts_of_many_lengths_equal_dense_and_eager_ones_and_share_t
         assert frames.frame_count <= min(2 + ("dense_below" in settings), len(lengths))
 
 
-@pytest.mark.parametrize("kind", ["positions", "cu_seq_lens"])
-def test_a_compiled_call_splits_packed_sequences(kind):
-    rows, model = [random_ids(21), random_ids(34)], small(layers=1)
+@pytest.mark.parametrize("way", ["padded left", "packed by positions", "packed by lengths"])
+def test_a_compiled_call_keeps_rows_apart(way):
+    rows, model = ways.rows_of(2), small(layers=1)
     with torch.inference_mode():
-        found = whole(model)(torch.cat(rows)[None], use_cache=False, **ways.boundaries(kind, [21, 34])).logits[0]
-        assert_close(found, torch.cat([model(row[None]).logits[0] for row in rows]))
+        assert_close(ways.WAYS[way](whole(model), rows), ways.alone(model, rows))
 
 
 def generated_by_compiled_steps(model, ids):
@@ -146,18 +139,12 @@ def test_a_compiled_step_of_training_has_the_gradients_of_an_eager_one(settings)
 
 
 def test_a_compiled_call_refuses_a_padding_mask_with_holes():
-    model, ids, mask = small(layers=1), random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
-    mask[0, :10] = 0
-    compiled = whole(model)
-    with torch.inference_mode():
-        found, expected = (each(ids, attention_mask=mask, use_cache=False).logits for each in (compiled, model))
-        assert_close(found[mask.bool()], expected[mask.bool()])
-        mask[0, 20] = 0
-        with pytest.raises(RuntimeError, match=r"the padding mask has holes.*to generate, to the left"):
-            compiled(ids, attention_mask=mask, use_cache=False)
+    compiled, refused = whole(small(layers=1)), r"the padding mask has holes.*to generate, to the left"
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=refused):
+        compiled(**ways.with_holes(ways.rows_of(2)), use_cache=False)
 
 
-@in_the_wide_sweep_but_the_last("selection", "topk", "window", "block")
+@pytest.mark.parametrize("selection", ways.wide_but(["block"], ["topk", "window", "block"]))
 def test_a_compiled_static_cache_takes_holes_that_were_there_from_the_first_call(selection):
     model, batch = small(layers=1, selection=selection, block_size=16), ways.with_holes(ways.rows_of(3, shortest=30))
     eager = generated(model, batch, cache_implementation="static")
@@ -204,8 +191,9 @@ def exported(function, inputs, shapes, model=None):
     return torch.export.export(call, tuple(inputs), dynamic_shapes=(shapes,)).module()
 
 
-@in_the_wide_sweep_but_the_last("settings", {"family": "gemma2", "layers": 2}, *PLAIN.values())
-def test_an_exported_model_takes_every_length_from_two_on(settings):
+@pytest.mark.parametrize("name", ways.wide_but(["unasked"], ["gemma2", *PLAIN]))
+def test_an_exported_model_takes_every_length_from_two_on(name):
+    settings = PLAIN.get(name, {"family": name, "layers": 2})
     model, length = small(**{"layers": 1} | settings | {"dense_below": 16}), torch.export.Dim("length", min=2, max=8192)
     logits = lambda ids: model(ids, use_cache=False).logits  # noqa: E731
     run = exported(logits, [random_ids(2, 40)], ({1: length},), model)

@@ -8,9 +8,9 @@ import torch
 from tiny_models import random_ids, tiny_model
 from torch.utils.data import DataLoader
 from transformers import DynamicCache, Trainer, TrainingArguments
-from ways import EACH_FAMILY, EACH_FAMILY_AND_SETTING, EACH_SETTING, attended_fraction, full, small
+from ways import EACH_FAMILY_AND_SETTING, EACH_SETTING, attended_fraction, full, small
 
-from nc_patch import KeyIndex, forget_index, is_patched, nc_stats, sparse_attention, unpatch_model
+from nc_patch import KeyIndex, forget_index, is_patched, nc_stats, sparse_attention
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -57,7 +57,7 @@ def test_merging_lora_keeps_the_patch():
     assert attended_fraction(merged) < 0.7
 
 
-def test_trainer_evaluates_and_steps_as_a_plain_loop_would_and_what_it_saves_is_unpatched(tmp_path):
+def test_trainer_evaluates_and_steps_as_a_plain_loop_would(tmp_path):
     data = [{"input_ids": row, "labels": row} for row in random_ids(4, 30)]
     settings = {"max_steps": 2, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "use_cpu": True}
     settings |= {"learning_rate": 1e-2, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
@@ -75,12 +75,6 @@ def test_trainer_evaluates_and_steps_as_a_plain_loop_would_and_what_it_saves_is_
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert losses[2] != pytest.approx(losses[0], abs=1e-3)
     torch.testing.assert_close(weights[1], weights[0], atol=2e-4, rtol=0)
-    trainer.save_model(str(tmp_path / "saved"))
-    loaded = type(model).from_pretrained(tmp_path / "saved")
-    assert not is_patched(loaded)
-    with torch.inference_mode():
-        ids = random_ids(1, 30)
-        assert torch.equal(loaded.eval()(ids).logits, unpatch_model(model.eval())(ids).logits)
 
 
 # Autocast and default dtypes
@@ -88,20 +82,6 @@ def test_trainer_evaluates_and_steps_as_a_plain_loop_would_and_what_it_saves_is_
 
 def autocast(dtype=torch.bfloat16):
     return torch.autocast("cpu", dtype=dtype)
-
-
-def relative_error(found, expected):
-    return float((found - expected).float().norm() / expected.float().norm())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", [each for each in EACH_FAMILY if each.id != "gpt_oss"])
-def test_a_full_budget_under_autocast_is_dense_attention_under_autocast(family, dtype):
-    ids = random_ids(2, 40)
-    with torch.inference_mode(), autocast(dtype):
-        dense, found = (model(ids).logits for model in (tiny_model(family), full(family)))
-    assert found.dtype == dense.dtype
-    assert relative_error(found, dense) < 0.02
 
 
 @EACH_SETTING
@@ -112,7 +92,7 @@ def test_a_small_budget_under_autocast_generates_and_trains_alike_in_every_way(s
         text = model.generate(ids, **how)
         assert torch.equal(model.generate(ids, use_cache="block" in str(settings), **how), text)
     of_full, of_dense = (gradients(each, ids, forward=autocast)[WEIGHT] for each in (full(**settings), dense))
-    assert relative_error(of_full, of_dense) < 0.02
+    assert float((of_full - of_dense).norm() / of_dense.norm()) < 0.02
     expected = gradients(model, ids, forward=autocast)
     for how in ({"backward": autocast}, {"checkpointing": True}):
         torch.testing.assert_close(gradients(model, ids, forward=autocast, **how), expected, atol=0, rtol=0)
@@ -156,24 +136,16 @@ def numbers(model, ids):
     return [*logits, gradients(model, ids)[WEIGHT], torch.tensor(mass, dtype=torch.float64, device="cpu")]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
 @EACH_SETTING
-def test_the_default_dtype_changes_nothing(settings, dtype):
+def test_defaults_of_torch_change_nothing(settings, default):
     ids, models = random_ids(2, 70), [small(track=True, **settings) for _ in range(2)]
     expected = numbers(models[0], ids)
-    torch.set_default_dtype(dtype)
+    (torch.set_default_dtype if isinstance(default, torch.dtype) else torch.set_default_device)(default)
     try:
         found = numbers(models[1], ids)
+        assert nc_stats(copy.deepcopy(models[1]))["kept_mass"] == nc_stats(models[0])["kept_mass"]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(map(torch.equal, found, expected))
-
-
-@EACH_SETTING
-def test_a_default_device_changes_nothing(settings):
-    ids, models = random_ids(2, 70), [small(track=True, **settings) for _ in range(2)]
-    expected = numbers(models[0], ids)
-    with torch.device("meta"):
-        found = numbers(models[1], ids)
-        assert nc_stats(copy.deepcopy(models[1]))["kept_mass"] == nc_stats(models[0])["kept_mass"]
+        torch.set_default_device(None)
     assert all(map(torch.equal, found, expected))

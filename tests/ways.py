@@ -3,7 +3,6 @@
 However a model is run, a full budget gives dense attention's numbers, and a small one the numbers of each row alone.
 """
 
-import io
 import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, random_ids, tiny_model
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from nc_patch import is_patched, nc_stats, patch_model, stats
@@ -39,7 +39,12 @@ CUT_ANYWHERE = ("topk", "topk by codes", "window")
 CORE = ("llama", "gemma2")
 
 
-EACH_FAMILY = [pytest.param(name, marks=() if name in CORE else pytest.mark.wide, id=name) for name in FAMILIES]
+def wide_but(plain: Iterable[str], every: Iterable[str]) -> list[Any]:
+    """Names to run over, of which those that are not ``plain`` are left to the wide sweep."""
+    return [pytest.param(name, marks=() if name in plain else pytest.mark.wide, id=name) for name in every]
+
+
+EACH_FAMILY = wide_but(CORE, FAMILIES)
 EACH_SETTING = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
@@ -111,35 +116,37 @@ def generated(model: PreTrainedModel, batch: Any, **options: Any) -> torch.Tenso
     return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
 
 
+def generated_alone(model: PreTrainedModel, prompts: list[list[int]], count: int) -> dict[str, list[Any]]:
+    """For each prompt by itself the greedy ``tokens``, so many, and their ``logprobs``."""
+    how = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    found: dict[str, list[Any]] = {"tokens": [], "logprobs": []}
+    for ids in (torch.tensor([prompt]) for prompt in prompts):
+        given = {"attention_mask": torch.ones_like(ids), "output_logits": True, "return_dict_in_generate": True}
+        out = model.generate(ids, **given, **how)
+        new = out.sequences[0, ids.shape[1] :]
+        found["tokens"].append(new.tolist())
+        found["logprobs"].append(torch.cat(out.logits).log_softmax(-1).gather(1, new[:, None]).flatten().tolist())
+    return found
+
+
 def rows_of(count: int, shortest: int = 20, step: int = 7) -> list[torch.Tensor]:
     """Up to eight rows of random ids, each of another length."""
     return [random_ids(shortest + step * (3 * place % 8)) for place in range(count)]
 
 
-def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rows of ids ``[L]`` as a batch padded on the left: ``input_ids`` and ``attention_mask``."""
-    length = max(len(row) for row in rows)
-    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, length - len(row) :], mask[place, length - len(row) :] = row, 1
-    return {"input_ids": ids, "attention_mask": mask}
+def left_padded(rows: list[torch.Tensor], side: str = "left") -> dict[str, torch.Tensor]:
+    """Rows of ids ``[L]``, none of which is 0, as a batch padded on one side: ``input_ids`` and ``attention_mask``."""
+    ids = pad_sequence(rows, batch_first=True, padding_side=side)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
-def right_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rows of ids ``[L]`` as a batch padded on the right."""
-    flipped = left_padded([row.flip(0) for row in rows])
-    return {name: tensor.flip(1) for name, tensor in flipped.items()}
+right_padded = partial(left_padded, side="right")
 
 
 def with_holes(rows: list[torch.Tensor], at: int = 9) -> dict[str, torch.Tensor]:
     """A left-padded batch in whose longer rows padding of 3, 7, ... places follows the first ``at`` tokens."""
-    pieces = [3 + 4 * (place % 4) if len(row) > at else 0 for place, row in enumerate(rows)]
-    gapped = [torch.cat((row[:at], row.new_zeros(n), row[at:])) for row, n in zip(rows, pieces, strict=True)]
-    batch = left_padded(gapped)
-    for place, (row, count) in enumerate(zip(gapped, pieces, strict=True)):
-        begin = batch["input_ids"].shape[1] - len(row) + at
-        batch["attention_mask"][place, begin : begin + count] = 0
-    return batch
+    holes = [torch.zeros(3 + 4 * (place % 4) if len(row) > at else 0).long() for place, row in enumerate(rows)]
+    return left_padded([torch.cat((row[:at], hole, row[at:])) for row, hole in zip(rows, holes, strict=True)])
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -195,11 +202,11 @@ def packed(model: Callable[..., Any], rows: Rows, kind: str, filler: int | None 
     """``filler`` puts padding after each row, of which positions say that it is ``filler``."""
     gaps = [0 if filler is None else 1 + place % 4 for place in range(len(rows))]
     padded = [torch.cat((row, row.new_zeros(gap))) for row, gap in zip(rows, gaps, strict=True)]
-    mask = torch.cat([torch.arange(len(row)) < len(row) - gap for row, gap in zip(padded, gaps, strict=True)])[None]
-    named = boundaries(kind, [len(row) for row in padded])
+    ids, named = torch.cat(padded)[None], boundaries(kind, [len(row) for row in padded])
+    mask = ids != 0
     if filler is not None:
         named |= {"position_ids": named["position_ids"].masked_fill(~mask, filler), "attention_mask": mask.long()}
-    logits = model(torch.cat(padded)[None], **named, **options).logits[mask]
+    logits = model(ids, **named, **options).logits[mask]
     return list(logits.split([len(row) for row in rows]))
 
 
@@ -234,13 +241,6 @@ def at_query_blocks(length: int) -> list[int]:
 
 def each_in_pieces(model: Callable[..., Any], rows: Rows, **options: Any) -> Rows:
     return [in_pieces(model, [row], **options)[0] for row in rows]
-
-
-def saved_and_loaded(model: PreTrainedModel) -> PreTrainedModel:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def while_training(model: PreTrainedModel, rows: Rows) -> Rows:

@@ -57,7 +57,6 @@ _OPTIONAL = re.compile(
     r"sliding_window|attention_chunk_size|n_group|topk_group|q_lora_rank|.*dropout|.*layerdrop|n_inner"
 )
 
-_GEMMA4 = {"global_head_dim": 32, "hidden_size_per_layer_input": 8}
 # What cannot be built here; the suite still tries, so that an entry that is no longer true shows.
 NOT_BUILT = {
     "gemma3n Gemma3nForConditionalGeneration": "its vision tower needs the package timm",
@@ -77,12 +76,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "csm": {"num_codebooks": 64},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
-    "dots3_note": {
-        "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
-        **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
-        **{f"swa_{name}": 16 for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")},
-        "swa_head_dim": 24,
-    },
     "gemma2": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
     "gemma3n Gemma3nForCausalLM": {
         "num_hidden_layers": 5,
@@ -92,32 +85,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 5,
         "hidden_size_per_layer_input": 8,
     },
-    "gemma4 Gemma4ForCausalLM": _GEMMA4,
-    "gemma4_unified Gemma4UnifiedForCausalLM": {"global_head_dim": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     "hrm_text": {"num_hidden_layers": 1, "L_cycles": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "moshi": {"audio_vocab_size": VOCABULARY},
     "mllama": {"cross_attention_layers": [1]},
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
-    "qwen4_exp": {
-        "indexer_kv_heads": 1,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 4,
-    },
+    "qwen4_exp": {"indexer_kv_heads": 1, "indexer_budget": 8, "indexer_compress_ratio": 4},
     "reformer": {"axial_pos_embds": False},
     "vaultgemma": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
     "xlm": {"emb_dim": 64, "n_words": VOCABULARY},
-    "zamba": {
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
-        "num_hidden_layers": 4,
-    },
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -189,8 +172,7 @@ def _layers(fields: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     rows = [repr(row) for row in zip(*lists.values(), strict=True)]
     chosen = sorted({row: index for index, row in reversed(list(enumerate(rows)))}.values())
-    chosen = sorted(
-        [*chosen, *[index for index in range(count) if index not in chosen][: max(LAYERS - len(chosen), 0)]]
-    )
+    others = [index for index in range(count) if index not in chosen]
+    chosen = sorted([*chosen, *others[: max(LAYERS - len(chosen), 0)]])
     kept: dict[str, Any] = {name: [values[index] for index in chosen] for name, values in lists.items()}
     return kept | {"num_hidden_layers": len(chosen)}

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from nc_patch import UnsupportedMaskError, UnsupportedModelError, nc_stats, patch_model, unpatch_model
 
 LENGTH, PADDING, STEPS = 41, 12, 4
+# Ways of running a model that begin with what it gives alone.
+AS_ALONE = ("padded", "packed", "chunks", "steps")
 # Rounding of logits, for logits of size 1 and, relatively, for larger ones.
 TOLERANCE = 2e-5
 # Where two runs of a dense model differ by more than this, they are not meant to be the same.
@@ -75,21 +77,21 @@ class _Runs:
         )
         with torch.inference_mode():
             given = self(self.ids[None], position_ids=torch.arange(LENGTH)[None], use_cache=False).logits[0]
-            if _difference(given, self.alone()) > DIFFERENT:  # it does not count positions from 0: it is given none
+            if _difference(given, self.prefill()) > DIFFERENT:  # it does not count positions from 0: it is given none
                 self.takes.discard("position_ids")
 
     def __call__(self, input_ids: torch.Tensor, **arguments: Any) -> Any:
         arguments = {name: value for name, value in arguments.items() if name in self.takes and value is not None}
         return self.model(input_ids=input_ids, **arguments)
 
-    def alone(self, length: int = LENGTH) -> torch.Tensor:
+    def prefill(self, length: int = LENGTH) -> torch.Tensor:
         return ways.alone(self, [self.ids[:length]])[0]
 
     def single(self) -> torch.Tensor:
-        return self.alone(1)
+        return self.prefill(1)
 
     def pair(self) -> torch.Tensor:
-        return self.alone(2)
+        return self.prefill(2)
 
     def padded(self) -> torch.Tensor:
         return torch.cat(ways.in_a_batch(self, [self.ids, self.other]))
@@ -134,7 +136,7 @@ def examine(family: Family) -> Outcome:
     patch_model(model, **FULL["topk"])
     with torch.inference_mode():
         try:
-            runs.alone()
+            runs.prefill()
         except (UnsupportedModelError, UnsupportedMaskError) as error:
             outcome.refused, outcome.refused_at = str(error), "the first call"
             return outcome
@@ -144,21 +146,16 @@ def examine(family: Family) -> Outcome:
 
 
 def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outcome: Outcome) -> None:
-    before = runs.alone()
-    reference = _Runs(tiny_model(family, "eager"))
-    alone = reference.alone()
-    expected: dict[str, torch.Tensor] = {"prefill": alone}
-    ways: dict[str, Any] = {"prefill": runs.alone}
-    able = {}
-    for way in ("single", "pair", "padded", "packed", "chunks", "steps", "generated"):
+    before, reference = runs.prefill(), _Runs(tiny_model(family, "eager"))
+    alone = reference.prefill()
+    expected, able = {"prefill": alone}, {}
+    for way in ("single", "pair", *AS_ALONE, "generated"):
         try:
             expected[way] = getattr(reference, way)()
         except Exception as error:  # whatever a dense model cannot do is recorded, and not asked of a patched one
             able[way] = f"not when dense either ({type(error).__name__})"
             continue
-        ways[way] = getattr(runs, way)
-        comparable = way in ("padded", "packed", "chunks", "steps")
-        same = not comparable or _difference(expected[way][: len(alone)], alone) < DIFFERENT
+        same = way not in AS_ALONE or _difference(expected[way][: len(alone)], alone) < DIFFERENT
         able[way] = "yes" if same else "as dense"
     if able["packed"] == "as dense":  # which does not look where sequences begin; a patched model does if it is told
         patch_model(model, **FULL["topk"])
@@ -171,33 +168,33 @@ def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outc
         unpatch_model(model)
     for selection, options in FULL.items():
         patch_model(model, selection=selection, **options)
-        for way, run in ways.items():
-            _same(outcome, f"{way}, full budget, {selection}", run, expected[way])
+        for way, dense in expected.items():
+            _same(outcome, f"{way}, full budget, {selection}", getattr(runs, way), dense)
         chunks = getattr(model.config.get_text_config(), "attention_chunk_size", None)
         if selection == "topk" and able["packed"].startswith("yes") and not chunks:
             _same(outcome, "packed, with a cache, full budget", lambda: runs.packed(use_cache=True), alone)
-        _layers_ran(outcome, model)
-        if selection == "topk":
-            outcome.dense = [
-                f"{len(part['names'])} × {part['kind']}: {part['reason']}" for part in nc_stats(model)["left_dense"]
-            ]
+        stats = nc_stats(model)
+        if idle := [layer["name"] for layer in stats["layers"] if not layer["calls"]]:
+            outcome.wrong.append(f"patched, but never called: {', '.join(idle)}")
+        parts = stats["left_dense"]
+        outcome.dense = [f"{len(part['names'])} × {part['kind']}: {part['reason']}" for part in parts]
         unpatch_model(model)
     for selection, options in SMALL.items():
         patch_model(model, **options)
-        whole = runs.alone()
+        whole = runs.prefill()
         if _difference(whole, before) < DIFFERENT:
             outcome.wrong.append(f"a small budget changes nothing, {selection}")
-        for way in ("padded", "packed", "chunks", "steps"):
+        for way in AS_ALONE:
             if able[way].startswith("yes"):
-                _same(outcome, f"{way}, small budget, {selection}", ways[way], whole)
+                _same(outcome, f"{way}, small budget, {selection}", getattr(runs, way), whole)
         unpatch_model(model)
-    if "steps" in ways:
+    if "steps" in expected:
         patch_model(model, key_index="never", **PAGES)
         by_new_pages = runs.steps()
         patch_model(model, key_index="always", **PAGES)
         _same(outcome, "steps, small budget, block by kept pages", runs.steps, by_new_pages)
         unpatch_model(model)
-    if not torch.equal(runs.alone(), before):
+    if not torch.equal(runs.prefill(), before):
         outcome.wrong.append("the output after unpatching is not bit for bit what it was")
     outcome.prefill = _say({"at once": "yes", "padded batches": able["padded"], "in pieces": able["chunks"]})
     outcome.decode = _say({"generate": able["generated"], "on a cache that is handed on": able["steps"]})
@@ -228,9 +225,3 @@ def _same(outcome: Outcome, what: str, run: Any, expected: torch.Tensor) -> None
         return
     if difference > TOLERANCE:
         outcome.wrong.append(f"{what}: differs by {difference:.1e}")
-
-
-def _layers_ran(outcome: Outcome, model: PreTrainedModel) -> None:
-    idle = [layer["name"] for layer in nc_stats(model)["layers"] if not layer["calls"]]
-    if idle:
-        outcome.wrong.append(f"patched, but never called: {', '.join(idle)}")

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MAPPED
 
 _MODELS = Path(transformers.__file__).parent / "models"
-_CLASS = re.compile(r"^class (\w*ForCausalLM)\(", re.MULTILINE)
-# Not models: the factory, and the mapping's classes are named here by the module that defines them.
-_FACTORIES = {"AutoModelForCausalLM"}
+# Not a model.
+_FACTORY = "AutoModelForCausalLM"
 
 
 class Family(NamedTuple):
@@ -40,21 +39,15 @@ class Family(NamedTuple):
 @lru_cache(maxsize=1)
 def families() -> tuple[Family, ...]:
     """All families, ordered by name; no model module is imported."""
-    found: dict[str, tuple[str, str]] = {}
     defined: dict[str, tuple[str, str]] = {}
     for path in sorted(_MODELS.glob("*/modeling_*.py")):
-        text, place = path.read_text(), (path.parent.name, f"transformers.models.{path.parent.name}.{path.stem}")
-        for name in re.findall(r"^class (\w+)\(", text, re.MULTILINE):
-            defined.setdefault(name, place)
-        for name in _CLASS.findall(text):
-            if name not in _FACTORIES:
-                found[name] = place
-    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        for name in (names,) if isinstance(names, str) else names:
-            found[name] = defined[name]
-    directories = [directory for directory, _ in found.values()]
-    named = [
-        Family(directory if directories.count(directory) == 1 else f"{directory} {name}", module, name)
-        for name, (directory, module) in found.items()
-    ]
+        for name in re.findall(r"^class (\w+)\(", path.read_text(), re.MULTILINE):
+            defined.setdefault(name, (path.parent.name, f"transformers.models.{path.parent.name}.{path.stem}"))
+    mapped = {name for names in MAPPED.values() for name in ((names,) if isinstance(names, str) else names)}
+    found = mapped | {name for name in defined if name.endswith("ForCausalLM") and name != _FACTORY}
+    directories = [defined[name][0] for name in found]
+    named = []
+    for name in found:
+        directory, module = defined[name]
+        named.append(Family(directory if directories.count(directory) == 1 else f"{directory} {name}", module, name))
     return tuple(sorted(named))

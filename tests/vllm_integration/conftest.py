@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ways import generated_alone
 
 from eval_tasks.errors import EvalError
 from eval_tasks.smollm2 import smollm2_directory
@@ -62,21 +63,8 @@ def reference(model: str) -> Callable[..., dict[str, Any]]:
     def run(prompts: list[list[int]], settings: dict[str, Any] | None, tokens: int = TOKENS) -> dict[str, Any]:
         name = json.dumps([settings, tokens, prompts])
         if name not in known:
-            options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-            found: dict[str, Any] = {"tokens": [], "logprobs": []}
             with nullcontext() if settings is None else patched(loaded, **settings):
-                for prompt in prompts:
-                    ids = torch.tensor([prompt])
-                    out = loaded.generate(
-                        ids, attention_mask=torch.ones_like(ids), **options, output_logits=True,
-                        return_dict_in_generate=True,
-                    )  # fmt: skip
-                    new = out.sequences[0, len(prompt) :].tolist()
-                    found["tokens"].append(new)
-                    found["logprobs"].append(
-                        [float(one[0].log_softmax(-1)[t]) for one, t in zip(out.logits, new, strict=True)]
-                    )
-            known[name] = found
+                known[name] = generated_alone(loaded, prompts, tokens)
         return known[name]
 
     return run

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from processes import free_port
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/setup_vllm.sh makes an environment with it")
 pytestmark = pytest.mark.slow
@@ -26,10 +26,7 @@ QUIET = {
 @pytest.fixture
 def server(model, tmp_path):
     """The address of ``vllm serve`` with the plugin."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    vllm = Path(sys.executable).with_name("vllm")
+    port, vllm = free_port(), Path(sys.executable).with_name("vllm")
     options = (
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"),
         *("--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", "512", "--attention-backend", "CUSTOM"),
