@@ -171,6 +171,11 @@ class KeyIndexMixin:
         # again where it is.
         plain: Any = object.__new__(DynamicLayer if isinstance(self, DynamicLayer) else StaticLayer)
         plain.__dict__ = {name: value for name, value in self.__dict__.items() if not name.startswith(("nc_", "_nc_"))}
+        for name in ("keys", "values"):
+            held = getattr(plain, name, None)
+            # All memory of a view would be saved, and that for keys to come holds whatever was there before.
+            if isinstance(held, torch.Tensor) and held.untyped_storage().nbytes() > held.nbytes:
+                setattr(plain, name, held.clone())
         return copy.copy, (plain,)
 
     def __copy__(self) -> "KeyIndexMixin":

@@ -179,6 +179,8 @@ class CacheSequences(Machine):
             assert not any("nc_" in word for word in named)  # of transformers alone
             file = io.BytesIO()
             (pickle.dump if by == "pickle" else torch.save)(cache, file)
+            held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            assert file.tell() < held + 8192 * len(cache.layers)  # and not what room for keys to come holds
             file.seek(0)
             self.caches[place] = pickle.load(file) if by == "pickle" else torch.load(file, weights_only=False)
         self.call(1)
