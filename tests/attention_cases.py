@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from operations import assert_close, hull_of, problem_of_case, selection_of
+from operations import assert_close, problem_of_case, selection_of
 
 from nc_patch import KeyIndex
 from nc_patch.functional import by_index
@@ -78,7 +78,7 @@ class Case:
         problem = problem_of_case(self)
         return final_scores(problem, raw_scores(problem))
 
-    def unread(self, way: str, backend: str = "torch") -> torch.Tensor:
+    def unread(self, way: str) -> torch.Tensor:
         """Positions that nothing may be read from, bool ``[B, 1, Lk, 1]``: what no query sees.
 
         Pages are those of a sequence: there what lies outside of all sequences.
@@ -86,14 +86,12 @@ class Case:
         visible = self.visible
         if WAYS[way].tail == "mean" or WAYS[way].index == "pages":
             visible = torch.stack((self.origin.amin(1), visible[..., 1].amax(1)), -1)[:, None]
-        elif (way, backend) == ("block", "cpu"):  # which read what lies between the keys of a block's queries
-            visible = hull_of(visible)
         return ~visible_mask(visible, self.key.shape[2]).any(2)[:, 0, None, :, None]
 
     def problem(self, way: str, backend: str = "torch", device: str = "cpu", new: int = 0, **more: Any) -> Problem:
         """The problem of a way, with NaN where nothing may be read; its index has yet to take in ``new`` keys."""
         problem = problem_of_case(self, device, **more)
-        unread = self.unread(way, backend).to(device)
+        unread = self.unread(way).to(device)
         nan = {name: getattr(problem, name).masked_fill(unread, torch.nan) for name in ("key", "value")}
         problem, kind = problem._replace(**nan), WAYS[way].index
         if kind is None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fuzz_inputs import COLUMN_LAYOUTS, LAYOUTS, Inputs, random_inputs
-from operations import hull_of, reference_attention
+from operations import reference_attention
 
 from nc_patch import AttentionResult, KeyIndex, NCConfig, sparse_attention
 from nc_patch.budget import budget_of
@@ -71,8 +71,7 @@ class Call(NamedTuple):
         elif self.options.get("tail") == "mean" or not self.inputs.query.numel():
             return
         else:
-            visible = hull_of(self.visible) if self.options["selection"] == "block" else self.visible
-            unread = ~visible_mask(visible, len(at)).any(2)[:, 0]
+            unread = ~visible_mask(self.visible, len(at)).any(2)[:, 0]
         for tensor in (self.inputs.key, self.inputs.value):
             if 0 not in tensor.stride():
                 tensor.masked_fill_(unread[:, None, :, None], torch.nan)

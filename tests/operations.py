@@ -72,13 +72,6 @@ def problem_of_case(case: Any, device: str = "cpu", **more: Any) -> Problem:
     return problem_of(*moved, scale=case.scale, softcap=case.softcap, origin=case.origin.to(device), **more)
 
 
-def hull_of(visible: torch.Tensor) -> torch.Tensor:
-    """From the first key that a query of a row of the batch sees to the last, int32 ``[B, 1, 2]``."""
-    start, end = visible.unbind(-1)
-    first = start.masked_fill(end <= start, torch.iinfo(torch.int32).max).amin(1)
-    return torch.stack((first, end.masked_fill(end <= start, 0).amax(1)), -1)[:, None]
-
-
 def assert_summarises(codes: torch.Tensor, scales: torch.Tensor, page: torch.Tensor) -> None:
     """``codes [3, D]`` and ``scales [3]`` are those of the keys ``[n, D]``; of the farthest any may be apart."""
     page, n = page.double(), len(page)

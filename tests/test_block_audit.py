@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import peaked
-from operations import problem_of
+from attention_cases import DESCRIBED, peaked, random_case
+from operations import assert_close, problem_of, problem_of_case
 
 from nc_patch import NCConfig
 from nc_patch.functional import attend
+from nc_patch.ops.backends import has_numba
 from nc_patch.ops.problem import AttentionResult, causal_intervals
 from nc_patch.selections.block.audit import AUDIT_COLUMNS, audited_rows
 from nc_patch.stats import MassCounts
@@ -112,3 +113,18 @@ def test_sequences_shorter_than_the_audit_and_empty_ones():
         assert audit["rows"] == [rows] * 4 + [4 * rows]
         assert audit["kept_mass"] == pytest.approx(audit["rows"])
         assert audit["variance"] == pytest.approx([0.0] * 5, abs=1e-8)
+
+
+@pytest.mark.skipif(not has_numba(), reason="needs Numba")
+def test_the_kernels_for_cpus_audit_as_pytorch_does():
+    names = ("b128", "stride-1", "local-keys-beyond-the-budget", "packed-blocks", "softcap-per-head-budgets")
+    cases = [*(random_case(seed, 400) for seed in range(24)), *(DESCRIBED[f"{name}-block"][0].case() for name in names)]
+    estimated = 0
+    for seed, case in enumerate(cases):
+        if seed % 3 == 0 and not case.softcap:
+            case.key[0, 0, case.key.shape[2] // 2, 0] = (torch.nan, torch.inf)[seed % 2]
+        problem, selection = problem_of_case(case, audit_seed=seed), case.selection("block")
+        ours, theirs = (selection.run(problem, backend) for backend in ("cpu", "torch"))
+        assert_close(ours.audit, theirs.audit.double(), 1e-5)
+        estimated += float(theirs.audit[-1, 1]) < float(theirs.audit[-1, 0])
+    assert estimated > 12

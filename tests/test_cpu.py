@@ -45,6 +45,21 @@ def test_few_rows_at_the_end_of_a_long_buffer_choose_blocks():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_keys_between_the_intervals_of_a_query_blocks_rows_are_not_read():
+    query, key, value = (torch.randn(1, heads, rows, 16) for heads, rows in ((6, 4), (2, 200), (2, 200)))
+    visible = torch.tensor([[[70, 129], [160, 190], [71, 130], [140, 191]]], dtype=torch.int32)
+    key[:, :, 130:140] = value[:, :, 130:140] = torch.nan
+    options = {
+        "alpha": 2.0,
+        "C": 0.5,
+        "selection": "block",
+        "visible": visible,
+        "origin": torch.zeros_like(visible[..., 0]),
+    }
+    found, expected = (sparse_attention(query, key, value, **options, backend=name) for name in ("cpu", "torch"))
+    torch.testing.assert_close(found, expected)
+
+
 def test_of_a_first_page_with_one_visible_key_only_that_counts():
     g = torch.Generator().manual_seed(0)
     key = 0.001 * torch.randn(1, 1, 320, 16, generator=g)
