@@ -1,18 +1,37 @@
 """Attention over the first and the most recent keys that each query sees, which may be all of them, on a CPU."""
 
+import math
+
+import numpy as np
 import torch
 from numba import carray
 
 from nc_patch.ops.cpu import columns
 from nc_patch.ops.cpu.columns import PIECE, add_run
 from nc_patch.ops.cpu.launch import Kernel, memory_of
-from nc_patch.ops.cpu.llvm import COLUMNS
-from nc_patch.ops.cpu.parts import Outputs, parts_of
-from nc_patch.ops.cpu.rows import budget_of, leave_gap, row_in, tile_of
+from nc_patch.ops.cpu.llvm import COLUMNS, LANES
+from nc_patch.ops.cpu.parts import Outputs, arguments_of, parts_of
+from nc_patch.ops.cpu.rows import (
+    INF,
+    LOG2E,
+    budget_of,
+    cap,
+    leave_gap,
+    pad_row,
+    padded,
+    read_query,
+    row_in,
+    row_of,
+    score_listed,
+    tile_of,
+)
+from nc_patch.ops.cpu.vectors import exponentials, largest, set_f32, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 
 # Rows of an item of work: the keys that a core reads serve all of them.
 _ROWS = 64
+# So few queries of a group are scored one by one, where 32 at a time would mostly be empty columns.
+_FEW = 12
 
 
 def cpu_recent_attention(problem: Problem, first_keys: int) -> AttentionResult:
@@ -22,7 +41,17 @@ def cpu_recent_attention(problem: Problem, first_keys: int) -> AttentionResult:
 
 def dense_log_sums(problem: Problem) -> torch.Tensor | None:
     """The log-sum-exp of each row over all keys that it sees, float32 ``[B, Hq, Lq]``; None without ``stats``."""
-    return _attend(problem.over_all_keys()._replace(sinks=None), 0).lse_kept if problem.stats else None
+    if not problem.stats:
+        return None
+    (B, Hq, Lq, D), (_, Hkv, N, _) = problem.query.shape, problem.key.shape
+    if Lq * problem.group > _FEW:  # of values of no width nothing is added up
+        return _attend(problem.over_all_keys()._replace(sinks=None, value=problem.value[..., :0]), 0).lse_kept
+    runs = -(-N // PIECE)
+    sums = torch.empty(runs, B, Hq, Lq, dtype=torch.float32, device="cpu")
+    # The query, its scores, and places, of which more are read.
+    arrays = [padded(D), PIECE, PIECE + 2 * LANES]
+    _sum_kernel(B * Hkv * runs, arrays, rows=B * Hq * Lq, **arguments_of(problem, Outputs(problem.query, lse=sums)))
+    return sums.logsumexp(0)
 
 
 def _attend(problem: Problem, first_keys: int) -> Outputs:
@@ -66,3 +95,28 @@ def _attend_kernel(pointer, item, scratch):
             row = row_in(p, head, first, rows, begin + column)
             columns.write_column(p, at, column, row, min(row.end - row.start, budget_of(p, row)))
         begin += count
+
+
+@Kernel
+def _sum_kernel(pointer, item, scratch):
+    """A run of keys of one head: the log-sum-exp of each query of the group over those that it sees."""
+    p = carray(pointer, 1)[0]
+    runs = (p.N + PIECE - 1) // PIECE
+    head, run = item // runs, item % runs
+    batch, kv_head = head // p.heads, head % p.heads
+    x, scores, places = memory_of(p, scratch)[:3]
+    begin, keys = run * PIECE, p.key + batch * p.key_b + kv_head * p.key_h
+    for j in range(PIECE + 2 * LANES):
+        set_i32(places, j, begin + j)
+    for r in range(p.group * p.Lq):
+        row = row_of(p, batch, kv_head * p.group + r // p.Lq, r % p.Lq)
+        first = max(begin, row.start)
+        count = max(min(begin + PIECE, row.end) - first, 0)
+        read_query(p, x, row)
+        score_listed(p, x, keys, places + 4 * (first - begin), count, scores)
+        cap(scores, count, p.scale, p.softcap)
+        pad_row(scores, count, -INF)
+        most = largest(scores, padded(count))
+        shift = np.float32(0) if most == -INF else most
+        total = exponentials(scores, padded(count), shift, np.float32(p.factor), 0, 0)
+        set_f32(p.lse, run * p.rows + row.number, np.float32(shift * p.factor / LOG2E + math.log(total)))
