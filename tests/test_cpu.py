@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from operations import problem_of
 
 from nc_patch import KeyIndex, patch_model, sparse_attention
+from nc_patch.functional import attend
 from nc_patch.ops.problem import causal_intervals
+from nc_patch.ops.rounding import rounding_bounds
+from nc_patch.selections import TopK, Window
 
 pytest.importorskip("numba")
 
@@ -58,6 +62,21 @@ def test_keys_between_the_intervals_of_a_query_blocks_rows_are_not_read():
     }
     found, expected = (sparse_attention(query, key, value, **options, backend=name) for name in ("cpu", "torch"))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bounds_rest_on_the_norms_of_the_keys_that_queries_see(dtype):
+    query, key = torch.randn(2, 4, 3, 24).to(dtype), torch.randn(2, 2, 3000, 24).to(dtype)
+    key[:, :, [5, 2950]] *= 40  # which no query sees
+    key[1, 1, 1500, 3], query[..., 0], key[0, 0, 1024:2048, 0] = torch.nan, 1.0, -torch.inf
+    visible = torch.tensor([[[10, 2900], [40, 40], [9, 2700]], [[10, 2900], [700, 2800], [9, 10]]], dtype=torch.int32)
+    problem = problem_of(query, key, key, visible, torch.full((1, 1, 3), 9).int().expand(2, 1, 3), stats=True)
+    for selection in (TopK(), Window()):
+        kept = attend(problem, selection, "cpu").kept_mass
+        torch.testing.assert_close(rounding_bounds(kept, problem), rounding_bounds(kept.clone(), problem))
+        torch.testing.assert_close(
+            kept, attend(problem, selection, "torch").kept_mass, atol=1e-5, rtol=1e-4, equal_nan=True
+        )
 
 
 def test_of_a_first_page_with_one_visible_key_only_that_counts():

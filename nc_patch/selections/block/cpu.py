@@ -5,7 +5,6 @@ Chosen blocks that lie side by side are attended as one run of keys, by 32 queri
 """
 
 import numpy as np
-import torch
 from numba import carray
 
 from nc_patch.ops.cpu import columns, vectors
@@ -13,20 +12,8 @@ from nc_patch.ops.cpu.columns import PIECE, add_run
 from nc_patch.ops.cpu.launch import Kernel, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES
 from nc_patch.ops.cpu.parts import Outputs, parts_of
-from nc_patch.ops.cpu.recent import dense_log_sums
-from nc_patch.ops.cpu.rows import (
-    INF,
-    SAMPLED,
-    add_listed,
-    best_of,
-    compiled,
-    leave_gap,
-    pad_row,
-    padded,
-    row_in,
-    row_of,
-    tiles_in,
-)
+from nc_patch.ops.cpu.recent import result_of
+from nc_patch.ops.cpu.rows import INF, SAMPLED, best_of, compiled, leave_gap, padded, row_in, row_of, tiles_in
 from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.audit import judged
@@ -40,10 +27,10 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
         outputs.output.zero_()
     counts = [sum(block.batch == b for block in plan.listed) for b in range(len(problem.query))]
     widest = padded(max((block.width for block in plan.listed), default=0)) + 2 * LANES
-    # For an audit: the chosen blocks, what sampled queries keep on average, and the shares that this follows from.
+    # For an audit the chosen blocks, what sampled queries keep on average, and the shares that this follows from.
     audits = problem.audit_seed >= 0
     choice = plan.law.new_full((*plan.law.shape, plan.capacity if audits else 0), -1)
-    kept = torch.ones(*plan.law.shape, problem.group, dtype=torch.float32, device="cpu")
+    kept = (plan.table[:, -1, None, None] == 0).float().repeat(1, problem.key.shape[1], problem.group)
     tiles = tiles_in(problem.group * max((block.samples for block in plan.listed), default=0)) if audits else 1
     # The chosen runs of keys; of key blocks shares, weights, and those chosen; a sample.
     runs = 2 * (plan.capacity + problem.key.shape[2] // PIECE + 8)
@@ -56,7 +43,7 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
             law=plan.law[first:, heads].contiguous(), recent=plan.recent[first:, heads].contiguous(),
             choice=choice[first:, heads], kept=kept[first:, heads], tile=4 * COLUMNS * widest * audits, **arguments,
         )  # fmt: skip
-    result = outputs.result(problem, dense_log_sums(problem))
+    result = result_of(problem, outputs)
     return judged(result, problem, plan, options, BlockChoice(choice, plan.law), kept.flatten(1) if audits else None)
 
 
@@ -86,9 +73,16 @@ def _attend_kernel(pointer, item, scratch):
         at = start + i32(chosen, j) * p.size
         number_of = add_run(pieces, number_of, max(at, 0), min(at + p.size, p.N))
     if p.tile > 0:
+        choice, mass = p.choice + number * p.choice_b + head * p.choice_h, p.kept + number * p.kept_b + head * p.kept_h
         for j in range(law):
-            set_i32(p.choice + number * p.choice_b + head * p.choice_h, j, block.lowest + i32(chosen, j))
-        _note_kept(p, block, shares, chosen, law, values, weights, p.kept + number * p.kept_b + head * p.kept_h)
+            set_i32(choice, j, block.lowest + i32(chosen, j))
+        for r in range(p.group * block.samples):
+            of_row, g, kept = shares + r // COLUMNS * p.tile + r % COLUMNS * 4, r // block.samples, np.float32(0)
+            for j in range(law):
+                kept += f32(of_row, COLUMNS * i32(chosen, j))
+            kept *= f32(of_row, COLUMNS * width)
+            if kept > 0:  # and so a number
+                set_f32(mass, g, f32(mass, g) + min(kept, np.float32(1)) / np.float32(block.samples))
     begin = 0
     while begin < p.group * rows:
         at = columns.columns_at(p, scratch)
@@ -146,23 +140,3 @@ def _weigh(p, head, scratch, block, shares, weights):
             set_f32(factors, column, np.float32(1.0 / f32(at.sums, column)) if column < count else np.float32(0))
         for k in range(width):
             set_f32(weights, k, vectors.largest_product(logits + 4 * COLUMNS * k, factors, f32(weights, k)))
-
-
-@compiled
-def _note_kept(p, block, shares, chosen, count, ones, sums, target):
-    """Writes what each head's sampled queries keep on average, see ``audit``; ``ones`` and ``sums`` are for its use."""
-    samples, whole = block.samples, padded(count)
-    fill(ones, whole, np.float32(1))
-    pad_row(ones, count, np.float32(0))
-    for j in range(count, whole):
-        set_i32(chosen, j, 0)
-    for g in range(p.group if samples > 0 else 0):
-        set_f32(target, g, np.float32(0))
-    for r in range(0, p.group * samples, COLUMNS):
-        tile = shares + r // COLUMNS * p.tile
-        fill(sums, COLUMNS, np.float32(0))
-        add_listed(sums, COLUMNS, ones, chosen, whole, (tile, 4 * COLUMNS), 0)
-        for column in range(min(COLUMNS, p.group * samples - r)):
-            kept, g = f32(sums, column) * f32(tile, COLUMNS * block.width + column), (r + column) // samples
-            if kept > 0:  # and so a number
-                set_f32(target, g, f32(target, g) + min(kept, np.float32(1)) / np.float32(samples))
