@@ -147,8 +147,9 @@ def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool,
     if torch.compiler.is_compiling() or is_capturing(padding):
         torch._assert_async(whole, _HOLES)
         return first, stop, True, None
-    # In this order: for what vmap maps over PyTorch's refusal to make a bool is the clear one.
-    is_whole, begins = bool(whole), tuple(first.flatten().tolist())
+    # One read. In this order: for what vmap maps over PyTorch's refusal to make a bool is the clear one.
+    read = torch.cat((whole[None], first.flatten())).cpu()
+    is_whole, begins = bool(read[0]), tuple(read[1:].tolist())
     return first, stop, is_whole, begins if any(begins) else ()
 
 

@@ -77,7 +77,7 @@ class Case:
         """What the float64 definition makes of the case."""
         return self.selection(way).reference(problem_of_case(self), WAYS[way].index == "pages")
 
-    def unread(self, way: str, backend: str = "torch") -> torch.Tensor:
+    def unread(self, way: str) -> torch.Tensor:
         """Positions that nothing may be read from, bool ``[B, 1, Lk, 1]``: what no query sees.
 
         Pages are those of a sequence: there what lies outside of all sequences.
@@ -85,15 +85,12 @@ class Case:
         visible = self.visible
         if WAYS[way].tail == "mean" or WAYS[way].index == "pages":
             visible = torch.stack((self.origin.amin(1), visible[..., 1].amax(1)), -1)[:, None]
-        elif (way, backend) == ("block", "cpu") and visible.numel():  # which read what lies between
-            first = visible[..., 0].masked_fill(self.rows[:, 0] <= 0, self.key.shape[2]).amin(1)
-            visible = torch.stack((first, visible[..., 1].masked_fill(self.rows[:, 0] <= 0, 0).amax(1)), -1)[:, None]
         return ~visible_mask(visible, self.key.shape[2]).any(2)[:, 0, None, :, None]
 
     def problem(self, way: str, backend: str = "torch", new: int = 0, **more: Any) -> Problem:
         """The problem of a way, with NaN where nothing may be read; its index has yet to take in ``new`` keys."""
         problem = problem_of_case(self, device_of(backend), **more)
-        unread = self.unread(way, backend).to(problem.key.device)
+        unread = self.unread(way).to(problem.key.device)
         nan = {name: getattr(problem, name).masked_fill(unread, torch.nan) for name in ("key", "value")}
         problem, kind = problem._replace(**nan), WAYS[way].index
         if kind is None:

@@ -61,7 +61,7 @@ class Call(NamedTuple):
         if WAYS[self.way].index or self.means:
             unread = (torch.arange(case.key.shape[2]) < case.origin[:, -1:])[:, None, :, None]
         elif case.query.numel():
-            unread = case.unread(self.way, "cpu")
+            unread = case.unread(self.way)
         else:
             return
         for tensor in (case.key, case.value):

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import random_case
+from operations import assert_close, problem_of, problem_of_case
 
 from nc_patch import KeyIndex, patch_model, sparse_attention
+from nc_patch.functional import attend
 from nc_patch.ops.problem import causal_intervals
+from nc_patch.ops.rounding import rounding_bounds
+from nc_patch.selections import TopK, Window
 
 pytest.importorskip("numba")
 
@@ -46,6 +51,43 @@ def test_few_rows_at_the_end_of_a_long_buffer_choose_blocks():
     options = {"selection": "block", "visible": visible, "origin": visible[..., 0].clamp(max=n - 160)}
     found, expected = on_both(query, key, key, alpha=2.0, C=0.5, **options)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_between_the_intervals_of_a_query_blocks_rows_are_not_read():
+    query, key, value = (torch.randn(1, heads, rows, 16) for heads, rows in ((6, 4), (2, 200), (2, 200)))
+    visible = torch.tensor([[[70, 129], [160, 190], [71, 130], [140, 191]]], dtype=torch.int32)
+    key[:, :, 130:140] = value[:, :, 130:140] = torch.nan
+    options = {"alpha": 2.0, "C": 0.5, "selection": "block", "visible": visible, "origin": 0 * visible[..., 0]}
+    found, expected = (sparse_attention(query, key, value, **options, backend=name) for name in ("cpu", "torch"))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bounds_rest_on_the_norms_of_the_keys_that_queries_see(dtype):
+    query, key = torch.randn(2, 4, 3, 24).to(dtype), torch.randn(2, 2, 3000, 24).to(dtype)
+    key[:, :, [5, 2950]] *= 40  # which no query sees
+    key[1, 1, 1500, 3], query[..., 0], key[0, 0, 1024:2048, 0] = torch.nan, 1.0, -torch.inf
+    visible = torch.tensor([[[10, 2900], [40, 40], [9, 2700]], [[10, 2900], [700, 2800], [9, 10]]], dtype=torch.int32)
+    problem = problem_of(query, key, key, visible, torch.full((1, 1, 3), 9).int().expand(2, 1, 3), stats=True)
+    for selection in (TopK(), Window()):
+        kept = attend(problem, selection, "cpu").kept_mass
+        torch.testing.assert_close(rounding_bounds(kept, problem), rounding_bounds(kept.clone(), problem))
+        torch.testing.assert_close(
+            kept, attend(problem, selection, "torch").kept_mass, atol=1e-5, rtol=1e-4, equal_nan=True
+        )
+
+
+def test_an_audit_is_as_pytorchs_whatever_the_keys_hold():
+    estimated = 0
+    for seed in range(24):
+        case = random_case(seed, 400)
+        if seed % 3 == 0 and not case.softcap:
+            case.key[0, 0, case.key.shape[2] // 2, 0] = (torch.nan, torch.inf)[seed % 2]
+        problem, selection = problem_of_case(case, audit_seed=seed), case.selection("block")
+        ours, theirs = (selection.run(problem, backend) for backend in ("cpu", "torch"))
+        assert_close(ours.audit, theirs.audit.double(), 1e-5)
+        estimated += float(theirs.audit[-1, 1]) < float(theirs.audit[-1, 0])
+    assert estimated > 12
 
 
 def test_of_a_first_page_with_one_visible_key_only_that_counts():

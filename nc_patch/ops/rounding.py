@@ -22,25 +22,29 @@ def rounding_bounds(kept: torch.Tensor, problem: Problem) -> torch.Tensor:
     empty = visible[..., 1] <= visible[..., 0]
     if Lk == 0:
         return torch.ones(*kept.shape, 2, dtype=torch.float32, device=kept.device)
-    # A buffer may hold anything beyond the keys that are seen.
-    position = torch.arange(Lk, device=key.device)
-    start = visible[..., 0].masked_fill(empty, Lk).amin(-1)[:, None, None]
-    end = visible[..., 1].amax(-1)[:, None, None]
-    query_norm, key_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (query, key))
-    largest = key_norm.masked_fill((position < start) | (position >= end), 0.0).amax(-1)
-    size = (query_norm * largest.repeat_interleave(problem.group, 1)[..., None]).double()
+    norms = lambda rows: torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)  # noqa: E731
+    largest: torch.Tensor | None = getattr(kept, "_nc_largest_norms", None)
+    if largest is None:  # no kernel that has read every key has left them
+        # A buffer may hold anything beyond the keys that are seen.
+        position = torch.arange(Lk, device=key.device)
+        start = visible[..., 0].masked_fill(empty, Lk).amin(-1)[:, None, None]
+        end = visible[..., 1].amax(-1)[:, None, None]
+        largest = norms(key).masked_fill((position < start) | (position >= end), 0.0).amax(-1)
+    size = (norms(query) * largest.repeat_interleave(problem.group, 1)[..., None]).double()
     kept = kept.double().clamp(0, 1)
+    rest = 1 - kept
     # What a dot product of float32 may be off by, and be rounded, and then a score. Matrix units may cut where others
     # round, and take factors of fewer digits.
-    product = size * (2 * (D + 16) * HALF_ULP) + SMALLEST
     factors = _FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
+    product = 4 * (D + 16) * HALF_ULP + 2 * factors + factors**2
     magnitude = (scale * size).clamp(max=problem.softcap or math.inf)
-    off = scale * (2 * product + size * (2 * factors + factors**2)) + 16 * HALF_ULP * magnitude
+    off = size * (scale * product) + magnitude * (16 * HALF_ULP) + 2 * scale * SMALLEST
     # Twice: what is attended may be lower and the rest higher than computed.
     shift = torch.exp(2 * off)
-    slack = _SUM_SLACK + 8 * HALF_ULP * (magnitude + math.log(max(Lk, 2)))
-    lower = kept / (kept + (1 - kept) * shift) * (1 - slack * shift) - _SMALLEST_MASS
-    upper = kept * shift / (kept * shift + 1 - kept) * (1 + slack) + _SMALLEST_MASS
+    slack = magnitude * (8 * HALF_ULP) + (_SUM_SLACK + 8 * HALF_ULP * math.log(max(Lk, 2)))
+    lower = kept / (kept + rest * shift) * (1 - slack * shift) - _SMALLEST_MASS
+    kept = kept * shift
+    upper = kept / (kept + rest) * (1 + slack) + _SMALLEST_MASS
     # The float64 limits are rounded away from each other.
     lower = lower.nan_to_num(nan=0.0) * (1 - 2 * HALF_ULP)
     upper = upper.nan_to_num(nan=1.0) * (1 + 2 * HALF_ULP)

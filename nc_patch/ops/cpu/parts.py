@@ -15,7 +15,7 @@ from nc_patch.ops.cpu.launch import KINDS, Kernel
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES
 from nc_patch.ops.cpu.rows import LOG2E, padded, read_row, tiles_in
 from nc_patch.ops.cpu.vectors import f32, fill, set_f32
-from nc_patch.ops.problem import AttentionResult, Problem
+from nc_patch.ops.problem import Problem
 
 # Rows that an item of work copies.
 _ROWS = 256
@@ -47,14 +47,6 @@ class Outputs(NamedTuple):
             if sinks is not None:
                 every.copy_(sinks.float()[:, None].expand_as(every))
         return cls(output, kept, every, problem.visible.new_zeros(B, Hq, Lq) if attended else None)
-
-    def result(self, problem: Problem, dense: torch.Tensor | None) -> AttentionResult:
-        """The result, with statistics from the log-sum-exp ``dense [B, Hq, Lq]`` over all visible keys."""
-        if self.lse_kept is None or dense is None:
-            return AttentionResult(self.output, attended=self.attended)
-        empty = (problem.visible[..., 1] <= problem.visible[..., 0])[:, None]
-        mass = torch.exp(self.lse_kept - dense).clamp_(max=1.0).masked_fill_(empty, 1.0)
-        return AttentionResult(self.output, self.lse, mass, self.attended)
 
 
 def arguments_of(problem: Problem, outputs: Outputs) -> dict[str, Any]:

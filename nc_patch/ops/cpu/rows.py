@@ -316,6 +316,13 @@ def score_listed(p, x, keys, places, count, scores):
 
 
 @compiled
+def score_rows(p, x, rows, step, count, out):
+    """Writes the raw scores of a query of floats and rows, ``step`` bytes apart."""
+    for j in range(count):
+        set_f32(out, j, dot(x, rows + j * step, p.D, p.kind))
+
+
+@compiled
 def add_product(x, x_next, y, out, depth, rows, width):
     """Adds the product of x ``[rows, depth]`` and y ``[depth, width]``, ``width`` of 16, to out; see ``product``."""
     whole = width // COLUMNS * COLUMNS

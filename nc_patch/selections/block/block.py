@@ -82,10 +82,7 @@ class Block(BlockOptions):
             return self.prefill_torch(problem)
         from nc_patch.selections.block.cpu import cpu_block_attention
 
-        result, plan = cpu_block_attention(problem, self), plan_of(problem, self)
-        if problem.audit_seed < 0:
-            return result
-        return judged(result, problem, plan, self, *choose_blocks(problem, plan, self))
+        return cpu_block_attention(problem, self)
 
     def decode_torch(self, problem: Problem) -> AttentionResult:
         """By page statistics, in PyTorch; see ``torch``."""

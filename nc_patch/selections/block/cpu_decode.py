@@ -20,7 +20,7 @@ from nc_patch.ops.cpu import vectors
 from nc_patch.ops.cpu.launch import KINDS, Kernel, memory_of
 from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.parts import Outputs, arguments_of, last_dense
-from nc_patch.ops.cpu.recent import dense_log_sums
+from nc_patch.ops.cpu.recent import result_of
 from nc_patch.ops.cpu.rows import INF, LOG2E, Row, cap, compiled, pad_row, padded, read_query, score_listed
 from nc_patch.ops.cpu.vectors import code_products, exponentials, f32, fill, i32, largest, set_f32, set_i8, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
@@ -61,7 +61,7 @@ def cpu_block_decode(problem: Problem) -> AttentionResult:
     # Scores, places, the query, its output; of pages weights, those chosen and scores, with the own keys'; a sample.
     of_pages = [columns, columns, 2 * columns + padded(size)]
     _attend_kernel(B * Hq * Lq, [most, most, *map(padded, problem.head_dims), *of_pages, of_rows.SAMPLED], **arguments)
-    return outputs.result(problem, dense_log_sums(problem))
+    return result_of(problem, outputs)
 
 
 def _steps(name: str, tensor: torch.Tensor) -> dict[str, int]:

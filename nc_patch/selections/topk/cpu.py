@@ -12,7 +12,7 @@ from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu.launch import Kernel, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
 from nc_patch.ops.cpu.parts import Outputs, as_rows, in_panels, parts_of
-from nc_patch.ops.cpu.recent import dense_log_sums
+from nc_patch.ops.cpu.recent import result_of
 from nc_patch.ops.cpu.rows import INF, add_product, budget_of, cap, compiled, pad_row, padded, row_in, softmax_row
 from nc_patch.ops.cpu.vectors import f32, fill, i32, product, set_f32, set_i32
 from nc_patch.ops.means import TAIL_PAGE_SIZE
@@ -43,7 +43,7 @@ def cpu_topk_attention(problem: Problem, sink_keys: int, recent_keys: int) -> At
         arrays = [*(tile * size for size in of_tile), columns, columns, slots, of_rows.SAMPLED]
         _attend_kernel(-(-arguments["Lq"] // rows) * arguments["heads"], arrays, rows=rows, sink_keys=sink_keys,
                        recent_keys=recent_keys, columns=columns, slots=slots, **arguments)  # fmt: skip
-    return outputs.result(problem, dense_log_sums(problem))
+    return result_of(problem, outputs)
 
 
 @Kernel

@@ -19,7 +19,7 @@ from nc_patch.ops.cpu import vectors
 from nc_patch.ops.cpu.launch import KINDS, Kernel, memory_of
 from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.parts import Outputs, arguments_of, last_dense
-from nc_patch.ops.cpu.recent import dense_log_sums
+from nc_patch.ops.cpu.recent import result_of
 from nc_patch.ops.cpu.rows import INF, add_listed, best_of, compiled, padded, read_query, row_of, score_listed
 from nc_patch.ops.cpu.vectors import code_products, f32, fill, i32, set_f32, set_i8, set_i32
 from nc_patch.ops.means import PageMeans
@@ -63,7 +63,7 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
         arrays = [*[columns] * 4, slots, *map(padded, problem.head_dims), of_rows.SAMPLED]
         _attend_kernel(B * Hq * queries, arrays, **arguments)
         arguments["new"] = 0
-    return outputs.result(problem, dense_log_sums(problem))
+    return result_of(problem, outputs)
 
 
 def _index_of(codes: Sequence[torch.Tensor], means: PageMeans | None) -> dict[str, Any]:
@@ -177,11 +177,11 @@ def _scan_kernel(pointer, item, scratch):
             row = row_of(p, batch, kv_head * p.group + (first + r) // p.queries, p.first + (first + r) % p.queries)
             query, of_row = x + r * step, bounds + r * p.bounds_n
             read_query(p, query, row)
-            _score(p, query, mean_keys, p.mean_key_n, slots, of_row + 4 * (p.columns + slot))
+            of_rows.score_rows(p, query, mean_keys, p.mean_key_n, slots, of_row + 4 * (p.columns + slot))
             if p.coded != 0:
                 _weigh_query(p, query, head, of_row + 4 * (p.columns + p.slots))
             else:
-                _score(p, query, keys, p.key_n, count, of_row + 4 * begin)
+                of_rows.score_rows(p, query, keys, p.key_n, count, of_row + 4 * begin)
         if p.coded == 0 or count <= 0:
             continue
         code_products((x, step), p.codes + place * p.D, count, p.D, (raw, 4 * _KEYS), many)
@@ -191,13 +191,6 @@ def _scan_kernel(pointer, item, scratch):
                 raw + 4 * r * _KEYS, of_row + 4 * begin, padded(count), p.scales + 4 * place, p.residuals + 4 * place,
                 of_row + 4 * (p.columns + p.slots),
             )  # fmt: skip
-
-
-@compiled
-def _score(p, x, rows, step, count, out):
-    """Writes the raw scores of a query and rows, ``step`` bytes apart."""
-    for j in range(count):
-        set_f32(out, j, vectors.dot(x, rows + j * step, p.D, p.kind))
 
 
 @compiled
