@@ -1,5 +1,6 @@
 """The kernels for CPUs: what is theirs alone, whatever the threads, the processes, and what is installed."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from nc_patch.ops.problem import causal_intervals
 from nc_patch.ops.rounding import rounding_bounds
 from nc_patch.selections import TopK, Window
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
+launch = pytest.importorskip("nc_patch.ops.cpu.launch")
 
 SELECTIONS = ("topk", "window", "dense", "block")
 
@@ -159,6 +161,19 @@ def test_workers_attend_alike(method):
     here = [attended(seed) for seed in range(4)]
     with torch.multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map_async(attended, range(4)).get(timeout=240) == here
+
+
+def does_nothing(number):
+    pass
+
+
+def test_what_was_kept_on_the_disk_and_names_what_is_gone_is_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    launch._compile(does_nothing, numba.int64)
+    (file,) = tmp_path.rglob("*.nbi")
+    file.write_bytes(pickle.dumps(numba.__version__) + b"cnc_patch.ops.cpu.launch\nGone\n.")
+    assert launch._compile(does_nothing, numba.int64)
+    assert b"Gone" not in file.read_bytes()
 
 
 WITHOUT_NUMBA = """

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import pickle
 import struct
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -19,6 +20,7 @@ import numba
 import numpy as np
 import torch
 from numba import carray, types
+from numba.core.caching import FunctionCache
 
 from nc_patch.common import say_once
 from nc_patch.ops.cpu.vectors import add_to, call
@@ -110,9 +112,12 @@ _PROCESS = os.getpid()
 
 def _compile(function: Callable[..., None], *arguments: Any) -> int:
     """The address of a compiled function of such arguments."""
-    signature = types.void(*arguments)
+    compiled = functools.partial(numba.cfunc(types.void(*arguments), cache=True, error_model="numpy"), function)
     try:
-        compiled = numba.cfunc(signature, cache=True, error_model="numpy")(function)
+        return int(compiled().address)
+    except (AttributeError, EOFError, ImportError, pickle.UnpicklingError):
+        FunctionCache(function).flush()  # what an earlier version has kept may name what is gone
+        return int(compiled().address)
     except (RuntimeError, OSError) as error:
         if "cannot cache" not in str(error) and not isinstance(error, OSError):
             raise
@@ -120,8 +125,7 @@ def _compile(function: Callable[..., None], *arguments: Any) -> int:
             "The compiled kernels for CPUs cannot be kept on the disk, so that every process compiles them anew: set "
             f"NUMBA_CACHE_DIR to a directory that can be written to ({error})."
         )
-        compiled = numba.cfunc(signature, error_model="numpy")(function)
-    return int(compiled.address)
+        return int(numba.cfunc(types.void(*arguments), error_model="numpy")(function).address)
 
 
 @functools.cache
