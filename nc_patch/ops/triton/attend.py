@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.rows import attended_keys, head_of, program_rows, select_keys, span
+from nc_patch.ops.triton.rows import attended_keys, forced_keys, head_of, program_rows, select_keys, span
 from nc_patch.ops.triton.scores import (
     LN_2,
     accumulate_run,
@@ -31,7 +31,11 @@ def attend_kernel(
     attend enters by the means of its pages.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
-    selected = select_keys(rows, limits, sink_keys, recent_keys)
+    if limits is None:
+        firsts, recents = forced_keys(rows.wanted, sink_keys, recent_keys, False)
+        selected = Selected(rows.start, rows.end, rows.start + firsts, rows.end - recents, None, None)
+    else:
+        selected = select_keys(rows, limits, sink_keys, recent_keys)
     keys = head_of(key, rows.batch, rows.kv_head)
     values = head_of(value, rows.batch, rows.kv_head)
     queries = load_queries(query, rows, shape)

@@ -84,13 +84,10 @@ def head_of(tensor, batch, head):
 
 @triton.jit
 def select_keys(rows, limits, sink_keys, recent_keys):
-    """The ``Selected`` keys of a program's rows: the forced ones and, unless ``limits`` are None, those they admit."""
-    firsts, recents = forced_keys(rows.wanted, sink_keys, recent_keys, limits is not None)
-    threshold = None
-    ties_end = None
-    if limits is not None:
-        threshold = tl.load(limits.threshold + rows.row, mask=rows.valid, other=float("inf"))
-        ties_end = tl.load(limits.ties_end + rows.row, mask=rows.valid, other=0)
+    """The ``Selected`` keys of a program's rows: the forced ones, and those that their ``limits`` admit."""
+    firsts, recents = forced_keys(rows.wanted, sink_keys, recent_keys, True)
+    threshold = tl.load(limits.threshold + rows.row, mask=rows.valid, other=float("inf"))
+    ties_end = tl.load(limits.ties_end + rows.row, mask=rows.valid, other=0)
     return Selected(rows.start, rows.end, rows.start + firsts, rows.end - recents, threshold, ties_end)
 
 

@@ -1,9 +1,9 @@
 """The structures that Triton kernels take, pass on and return: named tuples, the first of them built on the host.
 
-A member that is None compiles what it would be used for out of the kernel. Constants are members too, wrapped by
-``tl.constexpr``. Integers for whose values no kernel is compiled (``PER_CALL``) stay arguments of their own, since
-``do_not_specialize`` does not reach into tuples. A program works on ``BLOCK_M`` rows; vectors of its rows are
-``[BLOCK_M]``, tiles ``[BLOCK_M, BLOCK_N]``.
+A member that is None compiles what it would be used for out of the kernel; no function returns one, which Triton 3.6
+cannot. Constants are members too, wrapped by ``tl.constexpr``. Integers for whose values no kernel is compiled
+(``PER_CALL``) stay arguments of their own, since ``do_not_specialize`` does not reach into tuples. A program works on
+``BLOCK_M`` rows; vectors of its rows are ``[BLOCK_M]``, tiles ``[BLOCK_M, BLOCK_N]``.
 """
 
 from collections import namedtuple
@@ -70,4 +70,4 @@ Limits = namedtuple("Limits", "threshold ties_end")
 
 # Which of the keys ``[start, end)`` each row attends (``rows.attended_keys``): those below ``sinks_end``, those from
 # ``recents_start`` on, and those that its ``Limits`` admit; the last two are None where none is attended by its score.
-Selected = namedtuple("Selected", "start end sinks_end recents_start threshold ties_end", defaults=[None, None])
+Selected = namedtuple("Selected", "start end sinks_end recents_start threshold ties_end")

@@ -74,10 +74,10 @@ def memory_of(tensor, batch, head, CELLS: tl.constexpr):
 
 @triton.jit
 def group_rows(seen, group, shape):
-    """The ``Rows`` of this program, query heads of the group, but for their offsets in results."""
+    """The ``Rows`` of this program, query heads of the group, but for their offsets in results and their budgets."""
     member = tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
     head = seen.kv_head * group + member
-    return Rows(seen.batch, seen.kv_head, seen.index, head, None, member < group, seen.start, seen.end, None)
+    return Rows(seen.batch, seen.kv_head, seen.index, head, head, member < group, seen.start, seen.end, head)
 
 
 @triton.jit

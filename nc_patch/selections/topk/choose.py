@@ -54,7 +54,8 @@ def choose_kernel(
     low = tl.where(short, RANK_NEGATIVE_INFINITY, rank_of(tl.load(scratch.memory + scratch.guess + row.row)))
     scores = scratch.memory + scratch.reached_scores + row.row * splits * segment
     positions = integers(scratch, scratch.reached_positions) + row.row * splits * segment
-    rivals = hold(scores, positions, count, None, BLOCK_E)
+    rivals = Rivals(scores, positions, count, None, None)
+    rivals = Rivals(scores, positions, count, ranks_at(rivals, 0, BLOCK_E), None)
     limit = tl.where(needed > 0, float("-inf"), float("inf"))
     limit_end = tl.where(needed > 0, FAR, 0)
     if (needed > 0) & (needed < last - first):
@@ -65,7 +66,8 @@ def choose_kernel(
         limit = score_of(bracket.low)
         if bracket.count_low != needed:
             # Too many ties: the position after the last one that is admitted.
-            ties = hold(scores, positions, count, bracket.low, BLOCK_E)
+            ties = Rivals(scores, positions, count, None, bracket.low)
+            ties = Rivals(scores, positions, count, ranks_at(ties, 0, BLOCK_E), bracket.low)
             places = Bracket(-last + 1, -first + 1, bracket.count_low - bracket.count_high, count * 0)
             limit_end = -search(places, needed - bracket.count_high, count_rivals, ties).low + 1
     tl.store(scratch.memory + scratch.threshold + row.row, limit)
@@ -90,13 +92,6 @@ def choose_kernel(
 def count_pages(counts, position, residue, among):
     """Adds each key to the count of its page."""
     tl.atomic_add(counts + (position - residue) // PAGE, 1, mask=among & (position >= residue), sem="relaxed")
-
-
-@triton.jit
-def hold(scores, positions, count, tied, BLOCK_E: tl.constexpr):
-    """``Rivals``, of which ``BLOCK_E`` are held."""
-    rivals = Rivals(scores, positions, count, None, tied)
-    return Rivals(scores, positions, count, ranks_at(rivals, 0, BLOCK_E), tied)
 
 
 @triton.jit
