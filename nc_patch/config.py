@@ -13,16 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from nc_patch.budget import budget_of, budgets, is_dense_law, row_budgets
-from nc_patch.common import (
-    as_number,
-    check_bool,
-    check_choice,
-    check_integer,
-    check_number,
-    once,
-    plain,
-    shown,
-)
+from nc_patch.common import as_number, check_bool, check_choice, check_integer, check_number, once, plain, shown
 from nc_patch.ops.backends import BACKENDS, Backend
 from nc_patch.selections import Block, Dense, Selection, TopK, selection_class, selection_names
 

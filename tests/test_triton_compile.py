@@ -68,7 +68,7 @@ def test_kernel_compiles_and_fits(name, target):
     found = compiled(name, target)
     assert found.registers > 0
     assert 0 < found.shared <= found.shared_limit
-    assert found.spills <= SPILLING.get((name, target), MOST_SPILLS)
+    assert found.spills <= max(SPILLING.get((name, target), 0), MOST_SPILLS)
     assert found._replace(spills=0).fits
 
 

@@ -10,15 +10,7 @@ import torch
 
 from nc_patch.ops.means import TAIL_PAGE_SIZE, page_starts, spread_over_pages
 from nc_patch.ops.problem import AttentionResult, Problem
-from nc_patch.ops.rows import (
-    Choice,
-    RowBlock,
-    Rows,
-    final_scores_,
-    scores_of,
-    softmax_,
-    weighted_values,
-)
+from nc_patch.ops.rows import Choice, RowBlock, Rows, final_scores_, scores_of, softmax_, weighted_values
 
 
 def attend_rows(problem: Problem, choice: Choice) -> AttentionResult:

@@ -8,15 +8,7 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.triton.rows import attended_keys, head_of, program_rows, select_keys, span
-from nc_patch.ops.triton.scores import (
-    accumulate_run,
-    dot,
-    empty_softmax,
-    fold,
-    load_queries,
-    logits_base2,
-    score_run,
-)
+from nc_patch.ops.triton.scores import accumulate_run, dot, empty_softmax, fold, load_queries, logits_base2, score_run
 from nc_patch.ops.triton.split import MOST_ARRIVALS, finish_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Limits, Softmax
 from nc_patch.ops.triton.tail import PAGE, pages_of_rows

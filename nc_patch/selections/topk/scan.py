@@ -12,15 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from nc_patch.ops.triton.rows import (
-    budget_of,
-    forced_keys,
-    head_of,
-    program_rows,
-    row_pointers,
-    span,
-    visible_keys,
-)
+from nc_patch.ops.triton.rows import budget_of, forced_keys, head_of, program_rows, row_pointers, span, visible_keys
 from nc_patch.ops.triton.scores import dot, fold, load_queries, logits_base2
 from nc_patch.ops.triton.structs import PER_CALL, Rows
 from nc_patch.selections.topk.codes import KeyCodes
