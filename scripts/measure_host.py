@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "topk, means": {},
     "topk, drop": {"decode": "topk", "tail": "drop"},
     "block": {"selection": "block"},
+    "patched, few keys": {"dense_below": 1024},
 }
 _PROMPT, _UNTIMED = 700, 3
 
