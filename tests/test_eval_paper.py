@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import reproduce_paper
 import torch
 from scipy import integrate, stats
-from script_modules import load_script
 from tiny_models import random_ids, tiny_model
 
 from eval_tasks.errors import EvalError
@@ -152,7 +152,7 @@ def test_a_model_is_measured_sample_by_sample() -> None:
 
 
 def test_the_quick_run_writes_records_and_pictures(tmp_path: Path) -> None:
-    script, tmp_path = load_script("reproduce_paper").main, tmp_path / "paper.1"
+    script, tmp_path = reproduce_paper.main, tmp_path / "paper.1"
     with pytest.raises(SystemExit, match="measure first"):
         script(["--parts", "figures", "--out", str(tmp_path)])
     script(["--quick", "--parts", "synthetic", "figures", "--threads", "1", "--out", str(tmp_path)])

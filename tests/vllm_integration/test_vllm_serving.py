@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from processes import free_port
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/setup_vllm.sh makes an environment with it")
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ QUIET = {
 @pytest.fixture
 def server(model, tmp_path):
     """The address of ``vllm serve`` with the plugin."""
-    port, vllm = free_port(), Path(sys.executable).with_name("vllm")
+    port, vllm = get_free_port(), Path(sys.executable).with_name("vllm")
     options = (
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"),
         *("--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", "512", "--attention-backend", "CUSTOM"),
