@@ -152,9 +152,8 @@ def _attention(
         patch.counters.add(*counted)
         alike = problem.sinks is None and not plan.measures and patch.observe is None and steps.is_plain(problem[:3])
         if decoding and in_place and held is not None and alike:
-            run = selection.bound(problem, backend_of(problem, selection, config.backend)[0])
-            if selection is _DENSE and _is_plain(plan, problem, in_place):
-                run = _attend_all
+            plain = selection is _DENSE and _is_plain(plan, problem, in_place)
+            run = _attend_all if plain else selection.bound(problem, backend_of(problem, selection, config.backend)[0])
             fields = {"config": config, "run": run, "budgets": budgets, "begins": begins}
             fields |= {"layer": layer, "counted": counted if selection is _DENSE else ()}
             steps.remember(mask, module, problem, arguments, kept, **fields)
@@ -354,11 +353,12 @@ def _counted(
     """
     visible, config = problem.visible, patch.config
     attended = problem.budget if own is None else own
-    law: tuple[Any, ...] = (config.laws(patch.layer), config.min_keys, config.dense_below)
     if dense_reason is not None:
-        attended, law = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None], ()
-    later = own is not None or attended.shape[-1] <= MAX_DECODE_QUERIES
-    return attended, visible, dense_reason, None if later else law
+        attended = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
+    if own is not None or attended.shape[-1] <= MAX_DECODE_QUERIES:
+        return attended, visible, dense_reason, None
+    law = () if dense_reason is not None else (config.laws(patch.layer), config.min_keys, config.dense_below)
+    return attended, visible, dense_reason, law
 
 
 AttentionInterface.register(IMPLEMENTATION, nc_attention_forward)
