@@ -47,7 +47,7 @@ _INTEGERS = """
     visible origin budget budget_b budget_h sinks kind new group heads Lq N D Dv width lse lse_kept attended panels
     rows first queries sink_keys recent_keys columns slots size room count mean_count plan blocks law recent samples
     table table_b pages key_block key_row value_block value_row estimates
-    residuals center spread coded bounds bounds_n first_new tile squares
+    residuals center spread coded bounds bounds_n first_new tile squares pairs
 """
 # Where the arrays of a launch lie in scratch memory, in bytes.
 _ARRAYS = [f"array{number}" for number in range(14)]

@@ -17,8 +17,11 @@ from numba.extending import intrinsic
 LANES = 16
 # Columns of a tile, such as the scores of 32 queries: a row of them is one vector too.
 COLUMNS = 32
+_FEATURES = (config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()).split(",")
 # Whether a vector of 16 is one register, of 32; else it takes two or four, of 16 or 32.
-_WIDE = "+avx512f" in (config.CPU_FEATURES or llvm.get_host_cpu_features().flatten())
+_WIDE = "+avx512f" in _FEATURES
+# Whether there is an instruction that multiplies pairs of bfloat16.
+_PAIRS = "+avx512bf16" in _FEATURES
 # Rows of a tile whose sums stay in registers.
 TILE_ROWS = 8 if _WIDE else 2
 
@@ -87,6 +90,28 @@ def counted_from(b: Builder, first: Value) -> Value:
 def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
     """x * y + z of vectors, rounded once."""
     return call_llvm(b, f"llvm.fma.v{x.type.count}f32", x.type, (x, y, z))
+
+
+class _BFloat16(ir.HalfType):
+    """The type, which llvmlite lacks."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat16._create_instance()
+_PAIRS_OF_BFLOAT16 = ir.VectorType(_BFloat16(), 2 * LANES)
+
+
+def add_pairs(b: Builder, x: Value, y: Value, z: Value) -> Value:
+    """z and, for each lane, the products of the two bfloat16 that a lane of x and of y holds, the upper one first."""
+    if _PAIRS:
+        pairs = [b.bitcast(each, _PAIRS_OF_BFLOAT16) for each in (x, y)]
+        return call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, (z, *pairs))
+    upper, lower = constant(INTS, -(1 << 16)), constant(INTS, 16)
+    for part in (lambda bits: b.and_(bits, upper), lambda bits: b.shl(bits, lower)):
+        z = fma(b, *(b.bitcast(part(b.bitcast(each, INTS)), FLOATS) for each in (x, y)), z)
+    return z
 
 
 def _fold(b: Builder, vectors: Sequence[Value], width: int, join: Callable[[Value, Value], Value]) -> Value:

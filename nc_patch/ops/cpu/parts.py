@@ -70,26 +70,28 @@ def parts_of(
     """A few key/value heads of one sequence at a time, so that copies take bounded memory.
 
     Yields their sequence, which they are, and what a kernel takes of them: values ``[1, heads, N, width]`` are float32
-    with zeros behind Dv up to a multiple of 16; keys too, or see ``in_panels``.
+    with zeros behind Dv up to a multiple of 16; keys too, or see ``in_panels``. With ``pairs`` keys are bfloat16, as
+    they are, of an even number of elements.
     """
     key, value, group = problem.key, problem.value, problem.group
     B, Hkv, N, D = key.shape
+    pairs = key.dtype == torch.bfloat16 and D % 2 == 0 and not panels
     at_once = max(1, min(Hkv, _MOST_BYTES // max(4 * N * D, 1)))
     if not panels and _is_ready(key, 1) and _is_ready(value, LANES):
         at_once = Hkv
     for b, first in itertools.product(range(B), range(0, Hkv, at_once)):
         row, heads = slice(b, b + 1), slice(first, min(first + at_once, Hkv))
         of = slice(heads.start * group, heads.stop * group)
-        keys = key[row, heads]
+        keys = last_dense(key[row, heads]) if pairs else in_panels(key[row, heads]) if panels else as_rows(key[row, heads], 1)
         part = problem._replace(
-            query=problem.query[row, of], key=in_panels(keys) if panels else as_rows(keys, 1),
+            query=problem.query[row, of], key=keys,
             value=as_rows(value[row, heads], LANES), visible=problem.visible[row], origin=problem.origin[row],
             budget=problem.budget[row, of] if problem.budget.shape[1] > 1 else problem.budget[row],
             sinks=None if problem.sinks is None else problem.sinks[of],
         )  # fmt: skip
         further = (None if each is None else each[row, of] for each in outputs[1:])
         written = Outputs(outputs.output[row, of], *further)
-        yield b, heads, arguments_of(part, written) | {"N": N}
+        yield b, heads, arguments_of(part, written) | {"N": N, "pairs": pairs}
 
 
 def as_rows(tensor: torch.Tensor, multiple: int) -> torch.Tensor:

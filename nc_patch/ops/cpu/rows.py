@@ -88,9 +88,15 @@ def leave_gap(low, high, row):
 
 
 @compiled
+def query_of(p, row):
+    """The address of a row's query."""
+    return p.query + row.batch * p.query_b + row.head * p.query_h + row.i * p.query_n
+
+
+@compiled
 def read_query(p, target, row):
     """A row's query as floats."""
-    read_row(target, p.query + row.batch * p.query_b + row.head * p.query_h + row.i * p.query_n, p.D, p.kind)
+    read_row(target, query_of(p, row), p.D, p.kind)
 
 
 @compiled

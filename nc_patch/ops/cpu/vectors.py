@@ -243,14 +243,28 @@ def product(
     Each element is one chain of multiply-adds along the depth. Elements of a row of x lie ``x_next`` bytes apart.
     ``columns`` are 16 or 32. ``adds`` 1: the whole product is added to z.
     """
+    _product(b, vec.fma, x, x_next, y, z, depth, rows, columns, adds)
+
+
+@instruction
+def pair_product(
+    b: Builder, x: Rows, x_next: Int, y: Rows, z: Rows, depth: Int, rows: vec.Known, columns: vec.Known, adds: vec.Known
+) -> None:
+    """``product`` where each element of x and y is a pair of bfloat16, which are multiplied with each other."""
+    _product(b, vec.add_pairs, x, x_next, y, z, depth, rows, columns, adds)
+
+
+def _product(
+    b: Builder, multiply: Any, x: Any, x_next: Value, y: Any, z: Any, depth: Value, rows: int, columns: int, adds: int
+) -> None:
     vectors = range(0, columns, LANES)
     x_rows, z_rows = ([b.add(at, b.mul(step, constant(vec.I64, r))) for r in range(rows)] for at, step in (x, z))
 
     def body(k: Value, at: Value, along: Value, *sums: Value) -> list[Value]:
         of_y = [load(b, at, first) for first in vectors]
         of_x = [vec.splat(b, load(b, b.add(row, along), kind=vec.F32)) for row in x_rows]
-        pairs = zip(itertools.product(of_x, of_y), sums, strict=True)
-        return [b.add(at, y[1]), b.add(along, x_next), *(vec.fma(b, *pair, total) for pair, total in pairs)]
+        terms = zip(itertools.product(of_x, of_y), sums, strict=True)
+        return [b.add(at, y[1]), b.add(along, x_next), *(multiply(b, *each, total) for each, total in terms)]
 
     begin = [y[0], constant(vec.I64, 0), *[vec.ZERO] * (rows * len(vectors))]
     places = itertools.product(z_rows, vectors)
