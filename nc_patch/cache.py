@@ -269,6 +269,8 @@ class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
         super().reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if any(index.is_frozen() for index in self.nc_indexes.values()):
+            self.nc_forget()
         self._nc_follow(lambda index: index.copy_selected_(beam_idx), "reorder_cache", beam_idx)
 
 
