@@ -15,6 +15,7 @@ from eval_tasks.arguments import (
     add_lengths,
     add_model_options,
     add_out,
+    directory,
     not_negative,
     positive,
     spaced,
@@ -62,8 +63,8 @@ def run_report(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nc-patch report", description="Write one report of what directories hold.", allow_abbrev=False
     )
-    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="the --out of nc-patch eval")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes (default: DIR, where there is only one)")
+    parser.add_argument("directories", type=directory, nargs="+", metavar="DIR", help="the --out of nc-patch eval")
+    add_out(parser, "where it goes (default: DIR, where there is only one)", required=False)
     _add_within(parser)
     arguments = parser.parse_args(argv)
     _write_report(arguments.directories, arguments.out, arguments.within / 100)

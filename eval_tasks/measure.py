@@ -17,7 +17,7 @@ from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.peak import Peak, memory_watched
 from eval_tasks.presses import Press
 from eval_tasks.synthetic import SyntheticSample
-from eval_tasks.synthetic.fitting import tokens_of
+from eval_tasks.synthetic.sample import tokens_of
 from eval_tasks.tasks import Sample
 from nc_patch import NCConfig, nc_stats, patched, reset_stats
 

@@ -29,8 +29,8 @@ from eval_tasks.lm_eval.model import located
 from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.models import ModelSource, tokenizer_fingerprint
 from eval_tasks.synthetic import GENERATORS, synthesize
-from eval_tasks.synthetic.fitting import TOLERANCE, Count, counter, fill
 from eval_tasks.synthetic.haystack import Prose, load_prose
+from eval_tasks.synthetic.sample import TOLERANCE, Count, counter, fill
 from eval_tasks.tasks import TASKS, Layout, ascending, check_lengths, places, tokenise
 from eval_tasks.texts import PYTHON_REFERENCE, Text, load_text
 from nc_patch.calibration.profile import checked_count
