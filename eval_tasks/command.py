@@ -98,20 +98,21 @@ def _sweep(given: argparse.Namespace) -> Sweep:
             f"({spaced(given.lengths)}): give smaller ones, or longer --lengths"
         )
     options = {field.name: getattr(given, field.name) for field in fields(Sweep) if field.name in given}
-    options["methods"], options["tasks"] = _methods(given), tuple(name for name in _TASKS if name in given.tasks)
-    options["iso_keys"] = tuple(sorted(set(given.iso_keys))) if iso else ()
     layout = Layout(ascending(given.lengths), given.samples, given.scored, given.passage, given.seed)
+    options["methods"] = _methods(given, budgets.at(layout.lengths[-1]))
+    options["tasks"] = tuple(name for name in _TASKS if name in given.tasks)
+    options["iso_keys"] = tuple(sorted(set(given.iso_keys))) if iso else ()
     return Sweep(budgets=budgets, layout=layout, **options)
 
 
-def _methods(given: argparse.Namespace) -> tuple[str, ...]:
+def _methods(given: argparse.Namespace, budgets: Budgets) -> tuple[str, ...]:
     """The methods asked for, in the order in which they are listed; raises EvalError for those that do not fit."""
     iso = given.match == "iso"
     names = {*(given.methods or (_ISO_METHODS if iso else DEFAULT_METHODS)), *([PROFILE] if given.profile else [])}
-    if PROFILE in names and given.profile is None:
-        raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
     for name in sorted(names):
-        press = find_method(name).press
+        method = find_method(name)
+        method.config(budgets)  # raises for budgets that it cannot have
+        press = method.press
         if "@" in name:
             raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
         if iso and (press or name == PROFILE):

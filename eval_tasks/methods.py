@@ -43,6 +43,7 @@ def _sparse(
 
 _RECENT = f"the first {STREAMING_SINKS} keys and the most recent ones"
 _STREAMING = f"{_RECENT}, a fixed number (StreamingLLM)"
+_SHARE = "the highest scores, a fixed share of all keys"
 _MEANS = "and beside it the mean of the other keys in every page of 16, which counts as no key"
 _UNASKED = (
     "what patch_model does with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of the other keys, "
@@ -55,14 +56,7 @@ _LISTED = (
     _sparse("streaming", "sinks + fixed window", _STREAMING, "fixed", "window", sink_keys=STREAMING_SINKS),
     _sparse("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", "fixed", "topk", tail="drop"),
     _sparse("log-topk", "log n top-k", "the highest scores, a·log2(n) of them", "log", "topk", LogConfig, tail="drop"),
-    _sparse(
-        "fraction-topk",
-        "fixed-fraction top-k",
-        "the highest scores, a fixed share of all keys",
-        "fraction",
-        "topk",
-        tail="drop",
-    ),
+    _sparse("fraction-topk", "fixed-fraction top-k", _SHARE, "fraction", "topk", tail="drop"),
     _sparse("nc-window", "α·n^C window", f"{_RECENT}, α·n^C in all", "power", "window", sink_keys=STREAMING_SINKS),
     _sparse("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", "power", "topk", tail="drop"),
     _sparse("fixed-topk-mean", "fixed-k top-k + means", f"fixed-topk, {_MEANS}", "fixed", "topk", tail="mean"),

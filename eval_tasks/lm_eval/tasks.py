@@ -126,8 +126,7 @@ class PerplexityByLength(ByLengthTask):
 
     def make_samples(self) -> Samples:
         source = load_text(self.settings.text)
-        rows = [self._row(self.cut(words)) for words in _stretches(source.content, self.settings)]
-        return rows, source
+        return [self._row(self.cut(words)) for words in self._stretches(source.content)], source
 
     def cut(self, words: Sequence[str]) -> Pairs:
         """What is read and scored of a stretch: its last words, under contexts each of which is the end of the next."""
@@ -159,6 +158,16 @@ class PerplexityByLength(ByLengthTask):
     def aggregation(self) -> dict[str, Callable[[Sequence[Any]], float]]:
         rules = {"perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}.items()
         return {f"{name}_{stage}": get_aggregation(rule) for stage in self.stages() for name, rule in rules}
+
+    def _stretches(self, text: str) -> list[list[str]]:
+        """Stretches of a text that do not overlap, chosen by the seed, as words with the whitespace before each."""
+        given, content = self.settings, text.encode("utf-8")
+        tokens = tokenise(given.tokenizer, text)
+        layout = Layout(given.lengths, given.samples, given.scored, passage=0, seed=given.seed)
+        check_lengths([TASKS["perplexity"]], layout, len(tokens.prefix))
+        ends, length = [0, *tokens.byte_ends.tolist()], given.lengths[-1]
+        pieces = (content[ends[place] : ends[place + length + 1]] for place in places(tokens, layout))
+        return [re.findall(r"\s*\S+", piece.decode("utf-8", "ignore")) for piece in pieces]
 
     def _row(self, pairs: Pairs) -> dict[str, Any]:
         """A document for lm-eval; its tokens are those that are scored, which special ones are not."""
@@ -338,13 +347,3 @@ def _lengths_of(given: Mapping[str, Any], limit: int | None) -> tuple[int, ...]:
 def _loading(model: Mapping[str, Any], *further: str) -> dict[str, Any]:
     names = ("revision", "trust_remote_code", "gguf_file", "subfolder", *further)
     return {name: model[name] for name in names if model.get(name) is not None}
-
-
-def _stretches(text: str, settings: Settings) -> list[list[str]]:
-    """Stretches of a text that do not overlap, chosen by the seed, as words with the whitespace before each."""
-    tokens, content = tokenise(settings.tokenizer, text), text.encode("utf-8")
-    layout = Layout(settings.lengths, settings.samples, settings.scored, passage=0, seed=settings.seed)
-    check_lengths([TASKS["perplexity"]], layout, len(tokens.prefix))
-    ends, length = [0, *tokens.byte_ends.tolist()], settings.lengths[-1]
-    pieces = (content[ends[place] : ends[place + length + 1]] for place in places(tokens, layout))
-    return [re.findall(r"\s*\S+", piece.decode("utf-8", "ignore")) for piece in pieces]
