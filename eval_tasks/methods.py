@@ -23,7 +23,7 @@ class Method:
     """One way to attend: its name in results, its label in plots, a sentence for a newcomer.
 
     ``config`` gives the settings for given budgets; None is the unpatched model. ``press`` is the class of kvpress that
-    compresses the cache, for methods that are not this package's.
+    compresses the cache, for methods that are not this package's; it keeps as many keys as ``config`` attends.
     """
 
     name: str
@@ -85,7 +85,7 @@ def find_method(name: str) -> Method:
     if name.startswith(PRESS):
         press = name.removeprefix(PRESS)
         title, what = f"{press.removesuffix('Press')} (kvpress)", f"the cache compressed by {press} of kvpress"
-        return Method(name, title, what, lambda b: None, press=press)
+        return Method(name, title, what, METHODS["nc-topk"].config, press)
     base, keys = keys_of(name)
     if base not in METHODS:
         raise EvalError(f"unknown method {base!r}; allowed are {', '.join(METHODS)}, and {PRESS}NAMEPress")
@@ -112,11 +112,8 @@ def attention_by(name: str, budgets: Budgets, n: int) -> Attention:
 
 
 def budget_at(name: str, budgets: Budgets, n: int) -> int:
-    """How many of ``n`` keys the method's law lets a query attend, on average over heads; ``n`` without a law.
-
-    A press keeps as many as ``nc-topk`` attends.
-    """
-    law = find_method("nc-topk" if find_method(name).press else name).config(budgets.at(n))
+    """How many of ``n`` keys the method's law lets a query attend, on average over heads; ``n`` without a law."""
+    law = find_method(name).config(budgets.at(n))
     if law is None:
         return n
     if not isinstance(law.alpha, tuple):

@@ -21,7 +21,7 @@ from eval_tasks.arguments import load_chosen_model
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.matching import Budgets, load_profile
 from eval_tasks.measure import Phase, answer, measure, warm_up
-from eval_tasks.methods import DENSE, attention_by, budget_at, find_method, with_keys
+from eval_tasks.methods import DENSE, attention_by, budget_at, with_keys
 from eval_tasks.models import attention_of, find_model, tokenizer_fingerprint
 from eval_tasks.processes import device_of, gathered
 from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
@@ -192,7 +192,7 @@ def check_methods(sweep: Sweep, model: Any) -> None:
         load_profile(sweep.budgets.profile).check_model(model)
     for name in sweep.methods:
         try:
-            warm_up(model, find_method(name).config(sweep.budgets.at(max(sweep.layout.lengths))))
+            warm_up(model, attention_by(name, sweep.budgets, max(sweep.layout.lengths)))
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise EvalError(f"the method {name} does not run on this model and device: {error}") from error
 
