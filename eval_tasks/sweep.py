@@ -24,9 +24,9 @@ from eval_tasks.measure import Phase, answer, measure, warm_up
 from eval_tasks.methods import DENSE, attention_by, budget_at, with_keys
 from eval_tasks.models import attention_of, find_model, tokenizer_fingerprint
 from eval_tasks.processes import device_of, gathered
-from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
+from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.report import REPORT_FILES
-from eval_tasks.store import Cell, Row, append_row, check_out, claimed, read_rows, read_run
+from eval_tasks.store import Cell, Row, append_row, check_out, check_same, claimed, read_rows, read_run, record_session
 from eval_tasks.synthetic import GENERATORS, SyntheticSample, chat, synthesize
 from eval_tasks.tasks import TASKS, Layout, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
