@@ -11,7 +11,6 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import cycle, islice, pairwise
 from typing import Any, ClassVar
@@ -50,36 +49,24 @@ GROUP_METRICS = [
 ]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What ``--metadata`` says, with the tokenizer of the model under test.
+class ByLengthTask(ConfigurableTask):
+    """A task whose documents hold the same sample at several context lengths, as ``--metadata`` asks for them.
 
-    ``lengths`` ascend, in tokens; by default those of 512, 1024, 2048 and 4096 that the model has positions for.
-    ``text`` is a name as ``load_text`` takes it. There are ``samples`` at each length, of which so many tokens are
-    ``scored``, or are the ``passage``, for tasks that have these.
+    ``layout`` has the lengths and numbers, ``text`` is a name as ``load_text`` takes it; lengths are in tokens of the
+    ``tokenizer`` of the model under test.
     """
 
-    lengths: tuple[int, ...]
-    seed: int
+    numbers: ClassVar[dict[str, int]] = {}  # the positive integers that a task takes, with their defaults
+    layout: Layout
     text: str
     tokenizer: PreTrainedTokenizerBase
-    count: Count
-    samples: int
-    scored: int = 0
-    passage: int = 0
-
-
-class ByLengthTask(ConfigurableTask):
-    """A task whose documents hold the same sample at several context lengths, which the settings describe."""
-
-    numbers: ClassVar[dict[str, int]] = {"samples": 16}  # the settings that are positive integers, with their defaults
-    settings: Settings
+    count_tokens: Count
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config={name: value for name, value in config.items() if name != "class"})
 
     def make_samples(self) -> Samples:
-        """The documents that the settings describe; raises EvalError where the text does not serve."""
+        """The documents, and what they are of; raises EvalError where the text does not serve."""
         raise NotImplementedError
 
     def requests(self, doc: Mapping[str, Any], ctx: Any) -> Iterable[tuple[Any, ...]]:
@@ -87,12 +74,21 @@ class ByLengthTask(ConfigurableTask):
         raise NotImplementedError
 
     def download(self, *_: Any, **__: Any) -> None:
-        """Makes the documents, by ``--metadata`` and ``--model_args``, which lm-eval merges."""
+        """Makes the documents, by ``--metadata`` and ``--model_args``, which lm-eval merges.
+
+        Raises EvalError or ProfileError where a value is out of range, both names of the lengths are given, or no
+        tokenizer is named.
+        """
         metadata = self.config.metadata or {}
-        self.settings = read_settings(self.config.task, metadata, **self.numbers)
+        numbers = {name: checked_count(name, metadata.get(name, default)) for name, default in self.numbers.items()}
+        seed, model = checked_count("seed", metadata.get("seed", 0), least=0), located(metadata)
+        self.text, self.tokenizer = metadata.get("text", PYTHON_REFERENCE), _tokenizer_of(model, self.config.task)
+        self.count_tokens = counter(self.tokenizer, model.get("add_bos_token"))
+        lengths = _lengths_of(metadata, _max_length_of(model, self.tokenizer))
+        self.layout = Layout(lengths, **{"scored": 0, "passage": 0, "seed": seed, **numbers})
         rows, text = self.make_samples()
-        described = {"lengths": list(self.settings.lengths), "text_origin": text.origin, "text_sha256": text.sha256}
-        shared = {**described, "tokenizer": tokenizer_fingerprint(self.settings.tokenizer)}
+        described = {"lengths": list(lengths), "text_origin": text.origin, "text_sha256": text.sha256}
+        shared = {**described, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
         self.dataset = {"test": Dataset.from_list([{**row, **shared} for row in rows])}
         # lm-eval writes the metadata beside the results; defaults and the text's hash belong there too.
         self.config.metadata = {**metadata, **described, "samples": len(self.dataset["test"])}
@@ -125,7 +121,7 @@ class PerplexityByLength(ByLengthTask):
     numbers: ClassVar[dict[str, int]] = {"samples": 16, "scored": 256}
 
     def make_samples(self) -> Samples:
-        source = load_text(self.settings.text)
+        source = load_text(self.text)
         return [self._row(self.cut(words)) for words in self._stretches(source.content)], source
 
     def cut(self, words: Sequence[str]) -> Pairs:
@@ -135,14 +131,14 @@ class PerplexityByLength(ByLengthTask):
             return "".join(words[len(words) - count :])
 
         filled = partial(self._filled, last, most=len(words), lacking=_LACKING)
-        begin = len(words) - filled(self.settings.scored + self.settings.count(""))
+        begin = len(words) - filled(self.layout.scored + self.count_tokens(""))
         # The last token is predicted and not read.
-        starts = (len(words) - filled(length + 1) for length in self.settings.lengths)
+        starts = (len(words) - filled(length + 1) for length in self.layout.lengths)
         return [("".join(words[start:begin]), "".join(words[begin:])) for start in starts]
 
     def stages(self) -> list[str]:
         """What the requests of a document are called in the names of metrics."""
-        return [str(length) for length in self.settings.lengths]
+        return [str(length) for length in self.layout.lengths]
 
     def requests(self, doc: Mapping[str, Any], ctx: Any) -> list[tuple[str, str]]:
         return list(zip(doc["contexts"], doc["continuations"], strict=True))
@@ -161,18 +157,16 @@ class PerplexityByLength(ByLengthTask):
 
     def _stretches(self, text: str) -> list[list[str]]:
         """Stretches of a text that do not overlap, chosen by the seed, as words with the whitespace before each."""
-        given, content = self.settings, text.encode("utf-8")
-        tokens = tokenise(given.tokenizer, text)
-        layout = Layout(given.lengths, given.samples, given.scored, passage=0, seed=given.seed)
-        check_lengths([TASKS["perplexity"]], layout, len(tokens.prefix))
-        ends, length = [0, *tokens.byte_ends.tolist()], given.lengths[-1]
-        pieces = (content[ends[place] : ends[place + length + 1]] for place in places(tokens, layout))
+        tokens, content = tokenise(self.tokenizer, text), text.encode("utf-8")
+        check_lengths([TASKS["perplexity"]], self.layout, len(tokens.prefix))
+        ends, length = [0, *tokens.byte_ends.tolist()], self.layout.lengths[-1]
+        pieces = (content[ends[place] : ends[place + length + 1]] for place in places(tokens, self.layout))
         return [re.findall(r"\s*\S+", piece.decode("utf-8", "ignore")) for piece in pieces]
 
     def _row(self, pairs: Pairs) -> dict[str, Any]:
         """A document for lm-eval; its tokens are those that are scored, which special ones are not."""
         contexts, continuations = zip(*pairs, strict=True)
-        count = self.settings.count
+        count = self.count_tokens
         tokens = [count(context + scored) - count(context) for context, scored in pairs]
         return {"contexts": contexts, "continuations": continuations, "tokens": tokens}
 
@@ -180,7 +174,7 @@ class PerplexityByLength(ByLengthTask):
         self, text_of: Callable[[int], str], room: int, most: int | None = None, lacking: float = TOLERANCE
     ) -> int:
         """How many words, up to ``most``, fill the room; raises EvalError where a share of it is lacking."""
-        counted = cache(lambda words: self.settings.count(text_of(words)))
+        counted = cache(lambda words: self.count_tokens(text_of(words)))
         words = fill(counted, room, most)
         if counted(words) < room - max(8, lacking * room):
             advice = "give a text with more spaces, or other lengths"
@@ -194,18 +188,18 @@ class RecallByLength(PerplexityByLength):
     numbers: ClassVar[dict[str, int]] = {"samples": 16, "passage": 128}
 
     def make_samples(self) -> Samples:
-        prose, seed = load_prose(self.settings.text), self.settings.seed
-        drawn = (random.Random(f"recall/{seed}/{index}/") for index in range(self.settings.samples))
+        prose, seed = load_prose(self.text), self.layout.seed
+        drawn = (random.Random(f"recall/{seed}/{index}/") for index in range(self.layout.samples))
         rows = [self._row(self._recalled(prose, draw.choice(prose.sentence_starts))) for draw in drawn]
         return rows, prose.text
 
     def _recalled(self, prose: Prose, start: int) -> Pairs:
         """The passage from the word ``start`` on, behind itself and filler of growing length."""
-        count = self.settings.count
-        size = fill(cache(lambda words: count(" ".join(prose.stretch(start, words)))), self.settings.passage)
+        count = self.count_tokens
+        size = fill(cache(lambda words: count(" ".join(prose.stretch(start, words)))), self.layout.passage)
         if size + 2 * _LEAD > len(prose.words) // 2:
             raise EvalError(
-                f"the text holds {len(prose.words)} words of prose, too few for a passage of {self.settings.passage} "
+                f"the text holds {len(prose.words)} words of prose, too few for a passage of {self.layout.passage} "
                 "tokens and filler; ask for a shorter passage, or give more text"
             )
         passage, lead = prose.stretch(start, size), prose.stretch((start - _LEAD) % len(prose.words), _LEAD)
@@ -216,7 +210,7 @@ class RecallByLength(PerplexityByLength):
         def context(words: int) -> str:
             return " ".join([*lead, *passage, *islice(cycle(rest), words)])
 
-        sizes = (self._filled(lambda words: context(words) + scored, length) for length in self.settings.lengths)
+        sizes = (self._filled(lambda words: context(words) + scored, length) for length in self.layout.lengths)
         return [(context(words), scored) for words in sizes]
 
 
@@ -231,11 +225,11 @@ class PerplexityByPosition(PerplexityByLength):
     def cut(self, words: Sequence[str]) -> Pairs:
         """The parts of a document, each under all that goes before it."""
         first = lambda count: "".join(words[:count])  # noqa: E731
-        ends = [self._filled(first, length, len(words)) for length in self.settings.lengths]
+        ends = [self._filled(first, length, len(words)) for length in self.layout.lengths]
         return [(first(begin), "".join(words[begin:end])) for begin, end in pairwise([0, *ends])]
 
     def stages(self) -> list[str]:
-        return [f"{begin}_{end}" for begin, end in pairwise([0, *self.settings.lengths])]
+        return [f"{begin}_{end}" for begin, end in pairwise([0, *self.layout.lengths])]
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
         whole = (sum(found for found, _ in results), sum(doc["tokens"]))
@@ -257,23 +251,23 @@ class RetrievalByLength(ByLengthTask):
         super().__init__({**config, "generation_kwargs": generation})
 
     def make_samples(self) -> Samples:
-        seed, text = self.settings.seed, self.settings.text
-        answers = (list(self._generator.answers(seed, i, text)) for i in range(self.settings.samples))
+        seed, samples = self.layout.seed, range(self.layout.samples)
+        answers = (list(self._generator.answers(seed, i, self.text)) for i in samples)
         rows = [{"sample": i, "answers": found, "seed": seed, "question": ""} for i, found in enumerate(answers)]
-        return rows, load_prose(text).text
+        return rows, load_prose(self.text).text
 
     def fewshot_context(self, doc: Mapping[str, Any], num_fewshot: int = 0, **options: Any) -> list[str]:
         """The prompts of a sample, one per context length; each with what the model is to generate fits its length."""
         options.pop("gen_prefix", None)
-        plain_context, given = super().fewshot_context, self.settings
+        plain_context = super().fewshot_context
 
         def render(question: str, prefix: str) -> str:
             return str(plain_context({**doc, "question": question}, num_fewshot=0, gen_prefix=prefix, **options))
 
-        ways: dict[str, Any] = {"text": given.text, "render": render, "count": given.count}
+        ways: dict[str, Any] = {"text": self.text, "render": render, "count": self.count_tokens}
         ways["new_tokens"] = self.config.generation_kwargs["max_gen_toks"]
-        make = partial(synthesize, self._generator, given.tokenizer, seed=given.seed, index=doc["sample"], **ways)
-        return [make(length=length).prompt for length in doc["lengths"]]
+        sample = (self.layout.seed, doc["sample"])
+        return [synthesize(self._generator, self.tokenizer, n, *sample, **ways).prompt for n in doc["lengths"]]
 
     def requests(self, doc: Mapping[str, Any], ctx: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
         return [(prompt, deepcopy(self.config.generation_kwargs)) for prompt in ctx]
@@ -283,21 +277,7 @@ class RetrievalByLength(ByLengthTask):
         return dict(zip(self.aggregation(), [*scores, mean(scores)], strict=True))
 
     def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
-        return dict.fromkeys([*(f"{_METRIC}_{length}" for length in self.settings.lengths), _METRIC], mean)
-
-
-def read_settings(task: str, given: Mapping[str, Any], **numbers: int) -> Settings:
-    """Checks what the command line gave a task: ``--metadata`` merged with ``--model_args``.
-
-    ``numbers`` are the positive integers among the settings, with their defaults. Raises EvalError or ProfileError
-    where a value is out of range, both names of the lengths are given, or no tokenizer is named.
-    """
-    chosen = {name: checked_count(name, given.get(name, default)) for name, default in numbers.items()}
-    seed, model = checked_count("seed", given.get("seed", 0), least=0), located(given)
-    tokenizer = _tokenizer_of(model, task)
-    lengths = _lengths_of(given, _max_length_of(model, tokenizer))
-    count, text = counter(tokenizer, model.get("add_bos_token")), given.get("text", PYTHON_REFERENCE)
-    return Settings(lengths, seed, text, tokenizer, count, **chosen)
+        return dict.fromkeys([*(f"{_METRIC}_{length}" for length in self.layout.lengths), _METRIC], mean)
 
 
 def _tokenizer_of(model: Mapping[str, Any], task: str) -> PreTrainedTokenizerBase:
