@@ -133,14 +133,14 @@ def in_phase(
             peak.mark("prefill_seconds")
         with _attending(model, None if phase == "prefill" else config, tail) as counted:
             result, further, scored = read(cache, peak)
-    length, timed = len(context) + further, {"seconds": peak.seconds, "peak_memory": peak.bytes, **peak.marks}
+    length = len(context) + further
     if isinstance(attention, Press):
         assert cache is not None
-        return result, _compressed(cache, length, scored) | timed
+        return result, _compressed(cache, length, scored) | peak.found
     dense = _dense(model, phase, len(context), length, scored)
     if config is not None and phase == "prefill":  # what is scored was read densely
         counted = counts | {name: dense[name] for name in _COUNTS[2:]}
-    return result, dense | counted | timed
+    return result, dense | counted | peak.found
 
 
 def warm_up(model: Any, attention: Attention) -> None:

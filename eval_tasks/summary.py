@@ -74,7 +74,7 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     the task scores generated answers, and not a text.
     """
     names = [*_OTHERS, *_NUMBERS]
-    frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype=object)
+    frame = pd.DataFrame(rows, columns=names, dtype=object)
     frame = frame.astype(dict.fromkeys(_NUMBERS, float) | dict.fromkeys(("length", "sample"), "int64"))
     frame["is_answer"] = frame["score"].notna().groupby(frame["task"]).transform("any")
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
