@@ -7,9 +7,9 @@ from processes import ended, start_ranks
 from profiles import made_up_profile
 from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
 
+from eval_tasks.calibrate_command import layer_table, profile_findings
 from eval_tasks.matching import Budgets, total_of
 from eval_tasks.methods import METHODS, budget_at
-from eval_tasks.profile_report import layer_table, profile_findings
 from eval_tasks.store import read_rows, read_run
 from nc_patch import NCConfig, Profile
 from nc_patch.cli import main

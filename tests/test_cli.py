@@ -133,7 +133,7 @@ import nc_patch
 nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()
 loaded("eval_tasks")
 del sys.modules["scipy"]
-import eval_tasks.report, eval_tasks.profile_report
+import eval_tasks.report, eval_tasks.calibrate_command
 from eval_tasks.figures import Figure, to_png, to_svg
 before = set(sys.modules)
 figure = Figure()

@@ -21,9 +21,9 @@ from tiny_sweep import sweep_arguments
 import eval_tasks
 import nc_patch
 from eval_tasks.errors import EvalError
-from eval_tasks.merging import merge_runs
 from eval_tasks.report import Report
 from eval_tasks.store import claimed, read_rows
+from eval_tasks.summary import merge_runs
 from nc_patch.cli import main
 
 SCRIPT = "<script>alert(1)</script>"

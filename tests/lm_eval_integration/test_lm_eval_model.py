@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.model import NCHFLM
-from eval_tasks.lm_eval.settings import located, read_config, split_arguments
+from eval_tasks.lm_eval.model import NCHFLM, located, read_config, split_arguments
 from eval_tasks.texts import python_reference
 from nc_patch import NCConfig, UnsupportedModelError
 from nc_patch.selections import Block, TopK
