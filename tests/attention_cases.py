@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from nc_patch import KeyIndex
 from nc_patch.budget import budget_of
 from nc_patch.functional import by_index
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals, visible_mask
-from nc_patch.selections import Selection
+from nc_patch.selections import Block, Selection
 from nc_patch.selections.base import selection_class
 from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
 
@@ -302,6 +303,7 @@ HARD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "heavy tails": lambda key: key.pow(5).round(),
     "clustered": lambda key: key * 0.125 + key[:, :, :1].round() * (torch.arange(key.shape[2]) % 3)[:, None],
 }
+NEGATIVE_NAN = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
 # Keys along one axis, where no order of summation changes which score is larger.
 SPOILED = {name: HARD[name] for name in ("all equal", "one outlier a page", "huge norms", "denormals")} | {
     "signed zeros": lambda key: torch.where(every(2, key), -0.0, key * 0),
@@ -311,7 +313,7 @@ SPOILED = {name: HARD[name] for name in ("all equal", "one outlier a page", "hug
     ),
     # Beside the lowest that are attended the differences between the highest are lost in float32.
     "most far below": lambda key: torch.where(every(4, key), key, -1e20 * (1 + key.abs())),
-    "nan": lambda key: key.index_fill(2, torch.tensor([11, 40]), torch.nan),
+    "nan": lambda key: key.index_fill(2, torch.tensor(11), torch.nan).index_fill(2, torch.tensor(40), NEGATIVE_NAN),
     "pages alike": lambda key: (torch.arange(key.shape[2]) // 16 % 3)[:, None] * 0.25 + key * 0,
 }
 KINDS = [*HARD.values()]
@@ -434,7 +436,16 @@ class Shape:
         return visible, origin
 
 
+def shape(name: str, *ways: str, **given: Any) -> Shape:
+    """The shape with these fields and options of ``block``, by which it is attended where no way is named."""
+    blocks = {option: given.pop(option) for option in Block.options if option in given}
+    return Shape(name, ways or ("block",), blocks=blocks, **given)
+
+
+in_blocks = partial(shape, queries=150, keys=150, head_dim=32, budget=40)
+decoded = partial(shape, queries=1, keys=130, recent_keys=2, group=3)
 ROWS, ALL = ("drop", "window"), ("topk", "drop", "window", "block")
+KEPT, INDEXED = ("codes", "pages"), ("codes", "codes with means", "pages")
 BF16, FP16 = torch.bfloat16, torch.float16
 SHAPES = [
     Shape("plain", (*ALL, "dense")),
@@ -450,13 +461,13 @@ SHAPES = [
     Shape("ragged", (*ROWS, "block"), batch=2, group=1, intervals="ragged", budget="any"),
     Shape("both-directions", (*ROWS, "block"), group=1, queries=40, keys=70, intervals="both"),
     Shape("one-query", ("drop",), BF16, 2, 2, 4, 1, 97),
-    Shape("one-key", (*ALL, "codes", "pages"), group=1, queries=1, keys=1),
+    Shape("one-key", (*ALL, *KEPT), group=1, queries=1, keys=1),
     Shape("full-budget", ALL, queries=17, keys=33, budget="full", sinks=True),
     Shape("forced-keys-fill-the-budget", ROWS, sink_keys=30, recent_keys=40, budget="any"),
-    Shape("empty", (*ALL, "codes", "pages"), queries=3, intervals="empty", sinks=True),
+    Shape("empty", (*ALL, *KEPT), queries=3, intervals="empty", sinks=True),
     Shape("no-query", ("drop", "block"), queries=0, sinks=True),
     Shape("sinks-beyond-all-scores", tuple(WAYS), queries=5, sinks=120.0),
-    Shape("apart", ROWS, group=1, intervals="apart"),
+    Shape("apart", (*ROWS, "block"), group=1, intervals="apart"),
     *(
         Shape(f"ties-{name}", ("topk", "drop"), dtype, 1, 2, 1, 30, budget="any", sink_keys=2, recent_keys=2, tied=True)
         for name, dtype in (("fp32", torch.float32), ("bf16", BF16))
@@ -467,82 +478,53 @@ SHAPES = [
         for kind in ("infinite", "nan", "most far below")
     ),
     # Blocks: of other sizes, chosen by other rows, with rows that attend all.
-    *(
-        Shape(name, ("block",), **{"queries": 150, "keys": 150, "head_dim": 32, "budget": 40, "blocks": blocks} | more)
-        for name, blocks, more in (
-            ("b32-g3", {"size": 32}, {"dtype": FP16, "group": 3, "head_dim": 96, "queries": 70, "keys": 101}),
-            ("b64-q128", {"size": 64, "query_block_size": 128}, {"dtype": BF16, "queries": 50, "keys": 190}),
-            ("b128", {"size": 128}, {"dtype": BF16, "queries": 100, "keys": 300, "budget": 130, "softcap": 3.0}),
-            ("blocks-left-padding", {}, {"batch": 2, "intervals": "padding", "queries": 90, "keys": 110}),
-            ("stride-1", {"sample_stride": 1, "query_block_size": 32}, {"queries": 70, "keys": 130}),
-            ("stride-by-the-law", {"sample_stride": None, "local_keys": 16}, {"kv_heads": 2, "group": 1}),
-            ("local-keys", {"sample_stride": None, "local_keys": 64}, {"queries": 110, "keys": 230, "budget": 170}),
-            ("local-keys-beyond-the-budget", {"local_keys": 100}, {"queries": 60, "keys": 230, "budget": 70}),
-            ("dense-rows", {"sample_stride": None, "local_keys": 64}, {"budget": 20, "dense_below": 100}),
-            (
-                "packed-dense-rows",
-                {"sample_stride": None, "local_keys": 16},
-                {"intervals": "packed", "budget": 20, "dense_below": 40},
-            ),
-            ("packed-blocks", {}, {"intervals": "packed", "budget": 20}),
-            ("sliding-blocks", {}, {"intervals": "sliding", "queries": 140, "keys": 170, "group": 1, "budget": 50}),
-            ("min-mass", {"min_mass": 0.9, "max_factor": 8.0}, {"queries": 90, "keys": 260, "budget": 33}),
-            ("min-mass-capped", {"min_mass": 0.99, "max_factor": 1.5}, {"keys": 300, "budget": 80}),
-            (
-                "min-mass-sliding",
-                {"min_mass": 0.97, "max_factor": 8.0},
-                {"keys": 300, "intervals": "sliding", "budget": 16},
-            ),
-            ("rows-that-attend-none", {}, {"intervals": "any", "budget": 1, "queries": 88, "keys": 88}),
-            ("equal-blocks", {}, {"group": 1, "queries": 20, "keys": 260, "budget": 80, "spoiled": "all equal"}),
-            ("nan-block", {}, {"group": 1, "intervals": "packed", "budget": "full", "spoiled": "nan"}),
-            ("infinite-block", {}, {"group": 1, "intervals": "packed", "budget": "full", "spoiled": "infinite"}),
-        )
-    ),
+    in_blocks("b32-g3", size=32, dtype=FP16, group=3, head_dim=96, queries=70, keys=101),
+    in_blocks("b64-q128", size=64, query_block_size=128, dtype=BF16, queries=50, keys=190),
+    in_blocks("b128", size=128, dtype=BF16, queries=100, keys=300, budget=130, softcap=3.0),
+    in_blocks("blocks-left-padding", batch=2, intervals="padding", queries=90, keys=110),
+    in_blocks("stride-1", sample_stride=1, query_block_size=32, queries=70, keys=130),
+    in_blocks("stride-by-the-law", sample_stride=None, local_keys=16, kv_heads=2, group=1),
+    in_blocks("local-keys", sample_stride=None, local_keys=64, queries=110, keys=230, budget=170),
+    in_blocks("local-keys-beyond-the-budget", local_keys=100, queries=60, keys=230, budget=70),
+    in_blocks("dense-rows", sample_stride=None, local_keys=64, budget=20, dense_below=100),
+    in_blocks("packed-dense-rows", sample_stride=None, local_keys=16, intervals="packed", budget=20, dense_below=40),
+    in_blocks("local-keys-nan", local_keys=64, queries=110, keys=230, budget=130, spoiled="nan"),
+    in_blocks("packed-blocks", intervals="packed", budget=20),
+    in_blocks("sliding-blocks", intervals="sliding", queries=140, keys=170, group=1, budget=50),
+    in_blocks("min-mass", min_mass=0.9, max_factor=8.0, queries=90, keys=260, budget=33),
+    in_blocks("min-mass-capped", min_mass=0.99, max_factor=1.5, keys=300, budget=80),
+    in_blocks("min-mass-sliding", min_mass=0.97, max_factor=8.0, keys=300, intervals="sliding", budget=16),
+    in_blocks("rows-that-attend-none", intervals="any", budget=1, queries=88, keys=88),
+    in_blocks("equal-blocks", group=1, queries=20, keys=260, budget=80, spoiled="all equal"),
+    in_blocks("nan-block", group=1, intervals="packed", budget="full", spoiled="nan"),
+    in_blocks("infinite-block", group=1, intervals="packed", budget="full", spoiled="infinite"),
     # Decoding: few queries, of sequences with one origin each.
-    *(
-        Shape(name, tuple(ways.split(", ")), **{"queries": 1, "keys": 130, "recent_keys": 2, "group": 3} | more)
-        for name, ways, more in (
-            ("decode", "codes, codes with means, pages", {}),
-            ("decode-bf16-g4", "codes, pages", {"dtype": BF16, "batch": 2, "kv_heads": 2, "group": 4}),
-            (
-                "decode-bf16-d80-g7-left-padding",
-                "codes, codes with means, pages",
-                {"dtype": BF16, "batch": 2, "group": 7, "head_dim": 80, "queries": 2, "intervals": "padding"},
-            ),
-            ("decode-fp16-d96-g1", "codes, pages", {"dtype": FP16, "group": 1, "head_dim": 96, "queries": 5}),
-            ("decode-d128-sinks", "codes, pages", {"head_dim": 128, "sinks": True, "softcap": 3.0, "queries": 2}),
-            ("sixteen-queries", "codes, pages", {"queries": 16, "group": 2, "budget": "per_head", "keys": 60}),
-            ("decode-d192", "codes, pages", {"head_dim": 192, "value_dim": 40, "group": 1}),
-            ("decode-bf16-d256", "codes", {"dtype": BF16, "head_dim": 256, "softcap": 5.0, "keys": 70}),
-            ("decode-ragged", "codes", {"batch": 2, "queries": 5, "intervals": "ragged", "budget": "any"}),
-            (
-                "decode-holes",
-                "codes, pages",
-                {"batch": 2, "queries": 3, "keys": 60, "intervals": "holes", "sinks": True},
-            ),
-            ("decode-sliding", "codes, codes with means, pages", {"queries": 5, "intervals": "sliding"}),
-            ("decode-cache", "pages", {"queries": 2, "intervals": "cache"}),
-            ("decode-static", "codes, pages", {"intervals": "static", "batch": 2}),
-            ("decode-full-budget", "codes, pages", {"budget": "full", "keys": 77}),
-            ("decode-forced-keys", "codes", {"sink_keys": 40, "recent_keys": 50, "budget": "any", "queries": 3}),
-            ("budget-of-one", "codes, pages", {"budget": 1}),
-            ("decode-columns-first", "codes, pages", {"queries": 2, "layout": "columns first"}),
-            ("wide-group", "pages", {"group": 19, "budget": 40}),
-            ("decode-ties", "codes", {"queries": 6, "group": 2, "kv_heads": 2, "budget": "per_head", "tied": True}),
-            ("pages-alike", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "pages alike"}),
-            ("equal-pages", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "all equal"}),
-            *(
-                (
-                    f"decode-{kind}",
-                    "codes, pages" if kind == "nan" else "codes",
-                    {"group": 1, "queries": 3, "unequal": 0.0, "spoiled": kind},
-                )
-                for kind in [*SPOILED][:-1]
-            ),
-            ("p32", "pages", {"keys": 331, "blocks": {"size": 32}, "budget": 90}),
-            ("p64-transposed", "pages", {"keys": 350, "blocks": {"size": 64}, "budget": 130, "layout": "transposed"}),
-        )
+    decoded("decode", *INDEXED),
+    decoded("decode-bf16-g4", *KEPT, dtype=BF16, batch=2, kv_heads=2, group=4),
+    decoded(
+        "bf16-d80-g7-left-padding", *INDEXED, dtype=BF16, batch=2, group=7, head_dim=80, queries=2, intervals="padding"
     ),
+    decoded("decode-fp16-d96-g1", *KEPT, dtype=FP16, group=1, head_dim=96, queries=5),
+    decoded("decode-d128-sinks", *KEPT, head_dim=128, sinks=True, softcap=3.0, queries=2),
+    decoded("sixteen-queries", *KEPT, queries=16, group=2, budget="per_head", keys=60),
+    decoded("decode-d192", *KEPT, head_dim=192, value_dim=40, group=1),
+    decoded("decode-bf16-d256", "codes", dtype=BF16, head_dim=256, softcap=5.0, keys=70),
+    decoded("decode-ragged", "codes", batch=2, queries=5, intervals="ragged", budget="any"),
+    decoded("decode-holes", *KEPT, batch=2, queries=3, keys=60, intervals="holes", sinks=True),
+    decoded("decode-sliding", *INDEXED, queries=5, intervals="sliding"),
+    decoded("decode-cache", "pages", queries=2, intervals="cache"),
+    decoded("decode-static", *KEPT, intervals="static", batch=2),
+    decoded("decode-full-budget", *KEPT, budget="full", keys=77),
+    decoded("decode-forced-keys", "codes", sink_keys=40, recent_keys=50, budget="any", queries=3),
+    decoded("budget-of-one", *KEPT, budget=1),
+    decoded("decode-columns-first", *KEPT, queries=2, layout="columns first"),
+    decoded("wide-group", "pages", group=19, budget=40),
+    decoded("decode-ties", "codes", queries=6, group=2, kv_heads=2, budget="per_head", tied=True),
+    decoded("pages-alike", "pages", queries=2, keys=256, budget=112, spoiled="pages alike"),
+    decoded("equal-pages", "pages", queries=2, keys=256, budget=112, spoiled="all equal"),
+    decoded("nan-pages", "pages", group=1, queries=3, unequal=0.0, spoiled="nan"),
+    *(decoded(f"decode-{kind}", "codes", group=1, queries=3, unequal=0.0, spoiled=kind) for kind in [*SPOILED][:-1]),
+    decoded("p32", "pages", keys=331, size=32, budget=90),
+    decoded("p64-transposed", "pages", keys=350, size=64, budget=130, layout="transposed"),
 ]
 DESCRIBED = {f"{shape.name}-{way}": (shape, way) for shape in SHAPES for way in shape.ways}
