@@ -77,7 +77,7 @@ class Blocks:
 def shape_of(*ends: int, **more: object) -> Shape:
     """Sequences that end there."""
     sizes = {"batch": len(ends), "keys": max(ends), "kv_heads": 2, "queries": 1, "head_dim": 32, "budget": 70}
-    return Shape("paged", (), intervals=ends, **sizes | more)
+    return Shape("paged", (), intervals=("ends", *ends), **sizes | more)
 
 
 SMALL = shape_of(20, 30)
