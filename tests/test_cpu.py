@@ -51,9 +51,8 @@ def test_bounds_rest_on_the_norms_of_the_keys_that_queries_see(dtype):
 
 
 def test_of_a_first_page_with_one_visible_key_only_that_counts():
-    g = torch.Generator().manual_seed(0)
-    key = 0.001 * torch.randn(1, 1, 320, 16, generator=g)
-    key[:, :, :15] = 3 * torch.randn(1, 1, 15, 16, generator=g).abs()
+    key = 0.001 * torch.randn(1, 1, 320, 16)
+    key[:, :, :15] = 3 * torch.randn(1, 1, 15, 16).abs()
     key[:, :, 15] = 0
     key[:, :, 200:216] += 0.02
     query, visible = torch.full((1, 1, 1, 16), 40.0), torch.tensor([[[15, 320]]], dtype=torch.int32)
@@ -72,29 +71,22 @@ def test_a_backend_by_name_leaves_dense_layers_to_train():
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    g = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, heads, 700, 48, generator=g) for heads in (6, 2, 2))
-    index = {kind: KeyIndex.build(key, kind) for kind in ("codes", "pages")}
-
-    def outputs(threads: int) -> list[torch.Tensor]:
+    query, key, value = (torch.randn(2, heads, 700, 48) for heads in (6, 2, 2))
+    calls = [{"query": query, "selection": name} for name in SELECTIONS]
+    for name, kind in (("topk", "codes"), ("block", "pages")):
+        calls.append({"query": query[:, :, -1:], "selection": name, "index": KeyIndex.build(key, kind)})
+    outputs = []
+    for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        last = {"codes": "topk", "pages": "block"}
-        return [
-            *(sparse_attention(query, key, value, alpha=2.0, C=0.6, selection=name) for name in SELECTIONS),
-            *(sparse_attention(query[:, :, -1:], key, value, alpha=2.0, C=0.6, selection=name, index=index[kind])
-              for kind, name in last.items()),
-        ]  # fmt: skip
-
-    expected = outputs(1)
-    for threads in (2, 3, 5):
-        assert all(torch.equal(x, y) for x, y in zip(outputs(threads), expected, strict=True))
+        outputs.append([sparse_attention(**call, key=key, value=value, alpha=2.0, C=0.6) for call in calls])
+    assert all(torch.equal(x, first) for found in outputs for x, first in zip(found, outputs[0], strict=True))
 
 
 @pytest.mark.parametrize("selection", ["dense", "window", "topk"])
 def test_sums_over_many_keys_lose_no_digits(selection):
     """The error of one running sum grows with the number of keys: of a quarter of a million to two ten-thousandths."""
-    n, g = 1 << 18, torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, 1, rows, 16, generator=g) for rows in (2, n, n))
+    n = 1 << 18
+    query, key, value = (torch.randn(1, 1, rows, 16) for rows in (2, n, n))
     query[..., 0], query[..., 1:] = 4, 0
     alpha = 1.0 if selection == "dense" else 1 / 16
     options = {"selection": selection, "scale": 1.0, "return_stats": True, "backend": "cpu"}
@@ -108,8 +100,7 @@ def test_sums_over_many_keys_lose_no_digits(selection):
 
 
 def attended(seed: int) -> float:
-    g = torch.Generator().manual_seed(seed)
-    tensors = (torch.randn(1, 2, 300, 16, generator=g) for _ in range(3))
+    tensors = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(seed))
     return float(sparse_attention(*tensors, alpha=2.0, C=0.5, dense_below=0).sum())
 
 
@@ -136,9 +127,6 @@ def test_what_was_kept_on_the_disk_and_names_what_is_gone_is_compiled_anew(tmp_p
 
 WITHOUT_NUMBA = """
 import sys
-import importlib.util
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "numba" else found(name, *rest)
 sys.modules["numba"] = None
 import torch
 from nc_patch import KeyIndex, sparse_attention
