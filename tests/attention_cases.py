@@ -218,7 +218,6 @@ SPOILED = {name: HARD[name] for name in ("all equal", "one outlier a page", "hug
     "nan": lambda key: key.index_fill(2, torch.tensor(11), torch.nan).index_fill(2, torch.tensor(40), NEGATIVE_NAN),
     "pages alike": lambda key: (torch.arange(key.shape[2]) // 16 % 3)[:, None] * 0.25 + key * 0,
 }
-KINDS = [*HARD.values()]
 # Page weights of the others lie further apart than float32 can hold, or logits closer than its rounding.
 PAGE_KINDS = [HARD[name] for name in ("all equal", "huge norms", "denormals", "heavy tails", "clustered")]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import KINDS, WAYS, Case, Shape, random_case
+from attention_cases import HARD, WAYS, Case, Shape, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import problem_of_case
@@ -35,7 +35,7 @@ def run(case: Case, way: str, value: torch.Tensor) -> AttentionResult:
 @given(
     st.integers(0, 10**6),
     st.sampled_from([way for way in WAYS if way not in ("dense", "block")]),
-    st.sampled_from([None, *KINDS]),
+    st.sampled_from([None, *HARD.values()]),
 )
 def test_bounds_hold_the_truth_and_are_narrow_in_prefill(seed, way, kind):
     decode = WAYS[way].index is not None or kind is not None
