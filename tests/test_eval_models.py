@@ -13,7 +13,6 @@ from eval_tasks import models, smollm2
 from eval_tasks.errors import EvalError
 from eval_tasks.models import attention_of, find_model, load_model
 from nc_patch.calibration.fingerprint import weights_fingerprint
-from nc_patch.cli import main
 
 
 @pytest.fixture
@@ -155,14 +154,6 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tmp_path, mo
     with pytest.raises(EvalError, match="if you trust it, add --trust-remote-code"):
         load_model(str(directory), device="cpu")
     assert type(load_model(str(directory), device="cpu", trust_remote_code=True).model).__name__ == "OwnForCausalLM"
-
-
-@pytest.mark.parametrize("command", ["eval", "calibrate", "fidelity"])
-def test_every_command_that_loads_a_model_takes_its_revision_and_its_code(tmp_path, capsys, command):
-    directory = save_tiny_model(tmp_path / "model")
-    chosen = ["--model", str(directory), "--trust-remote-code", "--device", "cpu", "--out", str(tmp_path / "out")]
-    assert main([command, *chosen, "--revision", "v2"]) == 2
-    assert "--revision v2 is for models on the hub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk", "embeddings too", "tied"])
