@@ -2,6 +2,7 @@
 
 import multiprocessing.process
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +24,9 @@ def start_call(
     return process
 
 
-def start(
-    arguments: list[str], said: Path, setup: Callable[[], None] | None = None, **environment: str
-) -> multiprocessing.process.BaseProcess:
+def start(arguments: list[str], said: Path, setup: Callable[[], None]) -> multiprocessing.process.BaseProcess:
     """Starts ``nc-patch ARGUMENTS``; what it says goes to the file ``said``; ``setup`` runs in it first."""
-    return start_call(_run, arguments, setup, said=said, **environment)
+    return start_call(_run, arguments, setup, said=said)
 
 
 def start_ranks(
@@ -53,6 +52,14 @@ def ended(home: Path, ranks: Sequence[multiprocessing.process.BaseProcess]) -> t
     for process in ranks:
         process.join(120)
     return [process.exitcode for process in ranks], *((home / f"said{rank}").read_text() for rank in (0, 1))
+
+
+def python(*command: object, **options: Any) -> str:
+    """What ``python COMMAND`` says, with options of ``subprocess.run``; fails where that fails."""
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:

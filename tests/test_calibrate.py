@@ -2,12 +2,10 @@
 
 import hashlib
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from processes import call_ranks, ended
 from tiny_models import FAMILIES, random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,25 +107,6 @@ def test_the_model_is_restored_when_a_pass_fails(monkeypatch, failure):
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=1, rows=6)
     assert state_of(model) == before
-
-
-def _one_rank(rank: int, directory: str) -> None:
-    torch.distributed.init_process_group("gloo")
-    if rank == 1:
-        measure.row_curves = None
-    try:
-        calibrate(tiny_model("llama"), None, [IDS], LENGTHS, pieces=3, rows=6)
-    except (ProfileError, TypeError) as error:
-        Path(directory, f"error{rank}").write_text(str(error), encoding="utf-8")
-    torch.distributed.destroy_process_group()
-
-
-def test_when_one_process_fails_the_other_says_so_and_ends(tmp_path):
-    ranks = call_ranks(tmp_path, _one_rank, [(rank, str(tmp_path)) for rank in range(2)])
-    codes, said, _ = ended(tmp_path, ranks)
-    assert codes == [0, 0], said
-    assert "process 1: TypeError" in (tmp_path / "error0").read_text()
-    assert "not callable" in (tmp_path / "error1").read_text()
 
 
 class LargestTensor(TorchDispatchMode):

@@ -12,6 +12,7 @@ from eval_tasks.methods import METHODS, budget_at
 from eval_tasks.profile_report import layer_table, profile_findings
 from eval_tasks.store import read_rows, read_run
 from nc_patch import NCConfig, Profile
+from nc_patch.calibration import measure
 from nc_patch.cli import main
 
 
@@ -62,6 +63,17 @@ def test_two_processes_find_what_one_does(home, calibrated):
     codes, said, _ = ended(home, start_ranks(home, [arguments(home, "two")] * 2))
     assert codes == [0, 0], said
     assert Profile.load(home / "two" / "profile.json") == Profile.load(calibrated)
+
+
+def _without_curves():
+    measure.row_curves = None
+
+
+def test_when_one_process_fails_the_other_says_so_and_ends(home):
+    codes, *said = ended(home, start_ranks(home, [arguments(home, "failed")] * 2, (None, _without_curves)))
+    assert codes == [2, 1], said
+    assert "because another process failed: process 1: TypeError" in said[0]
+    assert "not callable" in said[1]
 
 
 @pytest.mark.parametrize("match", ["deploy", "scored", "total"])

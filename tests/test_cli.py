@@ -1,11 +1,10 @@
 """The command line: exit codes and messages, all before any work; what a run needs at its end is there as it begins."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 from tiny_sweep import sweep_arguments, tiny_files
 
 from eval_tasks.methods import METHODS
@@ -166,5 +165,4 @@ loaded("matplotlib", before)
 
 
 def test_a_profile_needs_neither_scipy_nor_the_harness_and_a_report_nothing_more_of_matplotlib_when_it_is_drawn():
-    done = subprocess.run([sys.executable, "-c", NEEDS], capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout.split() == ["[]"] * 2, done.stdout + done.stderr
+    assert python("-c", NEEDS).split() == ["[]"] * 2
