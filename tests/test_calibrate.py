@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, random_ids, tiny_model
+from tiny_models import FAMILIES, eager_weights, random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from ways import state_of
@@ -26,13 +26,11 @@ def test_rows_are_those_of_eager_attention(family):
     model, ids = tiny_model(family, num_hidden_layers=2), random_ids(128)
     plan = Plan(LENGTHS, 6, (0.05, 0.2))
     piece = measure_piece(model, ids.tolist(), plan)
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        attentions = model(ids[None], output_attentions=True).attentions
+    attentions = eager_weights(model, ids[None])
     for level, length in enumerate(LENGTHS):
         rows = plan.positions(length)
         for layer, attention in enumerate(attentions):
-            weights = attention[0][:, rows, : attention.shape[-1]].double()
+            weights = attention[0][:, rows]
             weights = weights / weights.sum(-1, keepdim=True)  # a learned sink takes its part
             assert piece.visible[level, layer].tolist() == (weights[0] > 0).sum(-1).tolist()
             mass = weights.sort(-1, descending=True).values.cumsum(-1)

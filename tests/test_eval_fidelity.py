@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from tiny_models import FAMILIES, random_ids, tiny_model
+from tiny_models import FAMILIES, eager_weights, random_ids, tiny_model
 from tiny_sweep import tiny_files
 
 from eval_tasks.capture import receive
@@ -26,11 +26,9 @@ def test_figures_are_those_of_the_models_own_weights_in_float64(family, length):
     implementation = attention_of(model)
     rows = [row for row in fidelity(model, ids, ["nc-topk"], BUDGETS, [128, 192]) if row["length"] == length]
     assert attention_of(model) == implementation
-    model.set_attn_implementation("eager")
-    with torch.inference_mode():
-        by_layer = model(ids, output_attentions=True).attentions
+    by_layer = eager_weights(model, ids)
     for row, received in zip(rows, receive(model, ids, [0, 1, 2]), strict=True):
-        weights = by_layer[row["layer"]][:, :, length - ROWS : length, :length].double()
+        weights = by_layer[row["layer"]][:, :, length - ROWS : length, :length]
         value = received.value[:, :, :length].double().repeat_interleave(2, 1)
         seen = weights > 0
         n, number = seen.sum(-1, keepdim=True), seen.cumsum(-1)

@@ -33,19 +33,20 @@ def packaged(tmp_path, monkeypatch):
     return conversions
 
 
-@pytest.mark.parametrize("damage", [None, "truncated", "missing", "manifest"])
-def test_the_model_is_converted_once_and_a_damaged_copy_again_which_is_said(packaged, capsys, damage):
+@pytest.mark.parametrize(
+    ("damaged", "left"),
+    [(None, None), ("model.safetensors", b"wei"), ("config.json", None), ("nc_patch_manifest.json", b"[")],
+)
+def test_the_model_is_converted_once_and_a_damaged_copy_again_which_is_said(packaged, capsys, damaged, left):
     directory = smollm2.smollm2_directory()
-    if damage == "truncated":
-        (directory / "model.safetensors").write_bytes(b"wei")
-    elif damage == "missing":
-        (directory / "config.json").unlink()
-    elif damage == "manifest":
-        (directory / "nc_patch_manifest.json").write_text("[")
+    if damaged:
+        (directory / damaged).unlink()
+    if left:
+        (directory / damaged).write_bytes(left)
     assert smollm2.smollm2_directory() == directory
     assert (directory / "model.safetensors").read_bytes() == b"weights"
-    assert len(packaged) == (2 if damage else 1)
-    assert ("damaged" in capsys.readouterr().err) == bool(damage)
+    assert len(packaged) == (2 if damaged else 1)
+    assert ("damaged" in capsys.readouterr().err) == bool(damaged)
 
 
 def test_an_interrupted_conversion_leaves_nothing_behind(packaged, monkeypatch, tmp_path):
