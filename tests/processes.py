@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
+
+from nc_patch.cli import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["eval_tasks.command"])
@@ -82,15 +85,11 @@ def _call(
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    import torch
-
     torch.set_num_threads(1)
     function(*arguments)
 
 
 def _run(arguments: list[str], setup: Callable[[], None] | None) -> None:
-    from nc_patch.cli import main
-
     if setup is not None:
         setup()
     code = main(arguments)

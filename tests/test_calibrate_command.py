@@ -94,11 +94,9 @@ def test_the_method_profile_attends_as_many_keys_as_the_others(tmp_path, match):
 
 def test_a_sweep_measures_a_profile_and_keeps_it_apart_from_others(home, calibrated, capsys):
     Profile.load(calibrated).at_mass(0.5).save(home / "changed.json")
-    sweep = lambda file: sweep_arguments(  # noqa: E731
-        home, home / "sweep", "--profile", str(file), "--methods", "dense", "nc-topk"
-    )
-    assert main(sweep(calibrated)) == 0
+    sweep = sweep_arguments(home, home / "sweep", "--methods", "dense", "nc-topk", "--profile")
+    assert main([*sweep, str(calibrated)]) == 0
     assert {row["method"] for row in read_rows(home / "sweep")} == {"dense", "nc-topk", "profile"}
     assert read_run(home / "sweep")["identity"]["methods"] == ["dense", "nc-topk", "profile"]
-    assert main(sweep(home / "changed.json")) == 2
+    assert main([*sweep, str(home / "changed.json")]) == 2
     assert "profile was" in capsys.readouterr().err

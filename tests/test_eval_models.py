@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -127,14 +128,12 @@ def test_every_family_is_loaded_in_its_dtype_with_an_implementation_it_has_and_e
     ],
 )
 def test_what_the_hub_says_is_kept_whole_with_the_option_that_helps(monkeypatch, said, advice):
-    def refuse(*_, **options):
-        assert options["revision"] == "v9"
-        raise OSError(said)
-
+    refuse = Mock(side_effect=OSError(said))
     monkeypatch.setattr(models, "hub_resolves", lambda: True)
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
     with pytest.raises(EvalError) as refused:
         load_model("a/b", device="cpu", revision="v9")
+    assert refuse.call_args.kwargs["revision"] == "v9"
     assert " ".join(said.split()) in str(refused.value)
     assert advice in str(refused.value)
     assert "smollm2" not in str(refused.value)

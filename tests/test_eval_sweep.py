@@ -18,7 +18,7 @@ from tiny_sweep import sweep_arguments, tiny_files, tiny_text
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from eval_tasks import measure as measuring
-from eval_tasks import peak
+from eval_tasks import peak, sweep
 from eval_tasks.errors import EvalError
 from eval_tasks.methods import DEFAULT_METHODS
 from eval_tasks.store import Cell, read_rows, read_run
@@ -163,8 +163,6 @@ def test_an_iso_sweep_tries_every_budget_also_of_a_model_without_sdpa(tmp_path, 
 
 
 def _other_machine_with_a_stale_file():
-    from eval_tasks import sweep
-
     hardware = sweep.hardware
     sweep.hardware = lambda *what: hardware(*what) | {"processor": "another"}
     sweep.read_rows = lambda directory: []
@@ -191,8 +189,6 @@ def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_tho
 
 
 def _killed():
-    from eval_tasks import sweep
-
     append_row = sweep.append_row
 
     def fatal(directory, row):
@@ -204,8 +200,6 @@ def _killed():
 
 
 def _no_disk():
-    from eval_tasks import sweep
-
     def full(directory, row):
         raise EvalError("the disk of this machine is full")
 
@@ -213,8 +207,6 @@ def _no_disk():
 
 
 def _other_version():
-    from eval_tasks import sweep
-
     versions = sweep.versions
     sweep.versions = lambda: versions() | {"torch": "1.0"}
 

@@ -190,7 +190,6 @@ def test_the_cache_of_built_requests_tells_lengths_apart(evaluate, tmp_path, mon
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ({}, {}),
         ({"selection": "window"}, {"prefill": "window", "decode": "window"}),
         (
             {"prefill": "block", "block_size": 16, "min_mass": 0.9, "tail": "drop"},
