@@ -64,11 +64,11 @@ def test_the_grid_starts_above_the_keys_that_are_always_attended_and_reaches_the
 LENGTHS = np.log([256.0, 512.0, 1024.0, 2048.0, 4096.0])[:, None]
 
 
-def counts(C: float, pieces: int, noise: float, between: float, seed: int, heads: int = 40) -> np.ndarray:
-    """log k ``[P, L, 1, H, R]`` of a law 3 n^C, with noise of rows and of pieces."""
+def counts(C: float, pieces: int, noise: float, between: float, seed: int) -> np.ndarray:
+    """log k ``[P, L, 1, H, R]`` of a law 3 n^C of 40 heads, with noise of rows and of pieces."""
     generator = np.random.default_rng(seed)
-    of_piece = between * generator.standard_normal((pieces, 1, 1, heads, 1))
-    of_row = noise * generator.standard_normal((pieces, len(LENGTHS), 1, heads, 16))
+    of_piece = between * generator.standard_normal((pieces, 1, 1, 40, 1))
+    of_row = noise * generator.standard_normal((pieces, len(LENGTHS), 1, 40, 16))
     return np.log(3) + C * LENGTHS[..., None, None] + of_piece + of_row
 
 
