@@ -281,9 +281,3 @@ def test_the_function_attends_by_the_law_alone_unless_it_is_told(dense_with_few_
     attended = lambda **given: sparse_attention(query, key, key, alpha=2.0, C=0.5, return_stats=True, **given).attended  # noqa: E731
     assert attended()[0, 0, 15:25].tolist() == [8, 9, 9, 9, 9, 10, 10, 10, 10, 10]
     assert attended(dense_below=20)[0, 0, 15:25].tolist() == [16, 17, 18, 19, 20, 10, 10, 10, 10, 10]
-
-
-def test_dense_laws_are_recognised():
-    laws = ((NCConfig(1.0, 1.0), None), (NCConfig(0.5, 0.5, dense_layers=[3]), 3), (NCConfig([1.0, 0.5], 1.0), 0))
-    assert [config.is_dense(layer) for config, layer in laws] == [True] * 3
-    assert [NCConfig(0.5, 1.0).is_dense(), NCConfig(5.0, 0.9).is_dense()] == [False] * 2

@@ -23,10 +23,7 @@ def topk_by_hand(scores, start, end, budget, sink_keys, recent_keys):
 @pytest.mark.parametrize("seed", range(20))
 def test_topk_mask_is_the_definition_read_aloud(seed, odd):
     case = random_case(seed, longest=30)
-    problem, (sink_keys, recent_keys) = (
-        problem_of_case(case),
-        (case.options[f"{name}_keys"] for name in ("sink", "recent")),
-    )
+    problem, sizes = problem_of_case(case), (case.options["sink_keys"], case.options["recent_keys"])
     scores = raw_scores(problem)
     if odd:  # NaN ranks with infinity, and of equal scores the first come first
         scores = torch.tensor([-torch.inf, -1.0, 0.0, 1.0, torch.inf, torch.nan])[torch.randint(6, scores.shape)]
@@ -34,7 +31,7 @@ def test_topk_mask_is_the_definition_read_aloud(seed, odd):
     ranked, budget = scores.nan_to_num(nan=torch.inf, posinf=torch.inf), case.budget.expand(scores.shape[:3])
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
         start, end = case.visible[b, i].tolist()
-        by_hand = topk_by_hand(ranked[b, h, i].tolist(), start, end, int(budget[b, h, i]), sink_keys, recent_keys)
+        by_hand = topk_by_hand(ranked[b, h, i].tolist(), start, end, int(budget[b, h, i]), *sizes)
         assert set(mask[b, h, i].nonzero()[:, 0].tolist()) == by_hand
 
 

@@ -62,21 +62,15 @@ def scanned_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def raise_guesses(monkeypatch: pytest.MonkeyPatch, guess: float = 1e30) -> None:
-    """Makes the guesses of every second row too high."""
-
-    def change(query, scratch, num_kv_heads, group, Lq, **_):
-        rows = query.data.shape[0] * num_kv_heads * group * Lq
-        part_of(scratch, "guess", rows)[::2] = guess
-
-    monkeypatch.setattr(triton_decode_topk, "scan_kernel", Watched(triton_decode_topk.scan_kernel, change))
-
-
 @pytest.mark.parametrize(
     ("name", "way"), [("decode-ties", "codes"), ("too-few", "codes"), ("too-few", "codes with means")]
 )
 def test_rows_that_collect_too_few_keys_choose_among_all_of_them(name, way, device, scanned_again, monkeypatch):
-    raise_guesses(monkeypatch)
+    def raise_guesses(query, scratch, num_kv_heads, group, Lq, **_):
+        rows = query.data.shape[0] * num_kv_heads * group * Lq
+        part_of(scratch, "guess", rows)[::2] = 1e30  # of every second row, far too high
+
+    monkeypatch.setattr(triton_decode_topk, "scan_kernel", Watched(triton_decode_topk.scan_kernel, raise_guesses))
     shape = decode_shape(queries=3, softcap=4.0, sinks=True, budget="per_head")
     case = (DESCRIBED[f"{name}-codes"][0] if name == "decode-ties" else shape).case()
     bounds = check(way, case, "triton", bounds=True).kept_mass_bounds
