@@ -36,6 +36,7 @@ def seen(first: int, last: int) -> torch.Tensor:
 EVERY = seen(0, 30)
 WRONG = [
     *(case for case in itertools.product(OPTIONS, NO_VALUES) if case not in FINE),
+    *((name, 0) for name in ("alpha", "scale", "min_keys", "block_size", "sample_stride", "max_factor")),
     *((name, other) for name in ("query", "key", "value") for other in others(GIVEN[name])),
     *(("visible", seen(*of)) for of in ((0, 31), (0, 2**31 - 1), (-1, 30), (-(2**31), 30), (30, 0))),
     *(("visible", other) for other in (EVERY.long(), EVERY.float(), EVERY.bool(), EVERY[:, :, :1], EVERY[None])),
@@ -48,9 +49,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "given"), WRONG, ids=[f"{number}-{name}" for number, (name, _) in enumerate(WRONG)])
 def test_what_is_wrong_is_refused_in_words(name, given):
-    with pytest.raises((ValueError, TypeError)) as caught:
+    with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b.{{9}}"):
         sparse_attention(**GIVEN | {name: given})
-    assert len(str(caught.value)) > 15
 
 
 PATCHED = {"dense_layers": (0,), "track": True, "key_index": "never", "on_drop": "warn", "decode": "topk"}
@@ -69,7 +69,6 @@ BEYOND = torch.stack((torch.arange(20), torch.arange(20) + 9), -1).int().expand(
         ("value", KEY[:, :, 1:], "key must be"),
         ("value", KEY[..., :0], r"head_dim must be at least 1, .*value \(2, 2, 30, 0\)"),
         ("query", torch.zeros(2, 4, 40, 8), "at least as many keys as queries, got Lq=40 and Lk=30"),
-        ("scale", 0.0, "scale must be a positive number, got 0.0"),
         ("scale", float("nan"), "scale must be a positive number, got nan"),
         ("softcap", -1.0, "softcap must be a positive number or None, got -1.0"),
         ("sinks", torch.zeros(2), r"sinks must be \[4\]"),
