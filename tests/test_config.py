@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from profiles import made_up_profile
 
 from nc_patch import KeyIndex, NCConfig, selections, sparse_attention
-from nc_patch.budget import _laws, budget_of, budgets, law_values, row_budgets
+from nc_patch.budget import _laws, budget_of, budgets, row_budgets
 from nc_patch.selections import Window
 
 NAN, INF = math.nan, math.inf
@@ -223,9 +223,6 @@ def test_all_ways_to_a_budget_agree(dense_below, min_keys):
         assert [config.budget(i) for i in n.tolist()] == expected, law
         assert by_head.budget(n, 0, head).tolist() == expected, law
         assert config.row_budgets(visible, int(n.max()))[0, 0].tolist() == expected, law
-        raw = law_values(n.numpy(), alpha, C)
-        sure = (np.abs(raw - np.rint(raw)) > 1e-9 * raw) | (n.numpy() <= dense_below)
-        assert (budgets(n.numpy(), *law) == expected)[sure].all(), law
 
 
 @pytest.mark.parametrize("dense_below", [0, 1, 63, 200, 1000])
@@ -239,10 +236,7 @@ def test_the_largest_budget_is_that_of_the_most_expensive_length(dense_below):
 
 def test_budgets_of_many_heads_and_of_huge_n_are_exact():
     draw = np.random.default_rng(0)
-    squares, fractions = (
-        draw.integers(1, 46340, 300),
-        [Fraction(1, 1), Fraction(2, 1), Fraction(5, 8), Fraction(300, 1)],
-    )
+    squares, fractions = draw.integers(1, 46340, 300), [Fraction(1), Fraction(2), Fraction(5, 8), Fraction(300)]
     n = np.concatenate([squares**2 + off for off in (-1, 0, 1)] + [draw.integers(1, 2**31, 300), [0, 2**31 - 1]])
     visible = torch.from_numpy(np.stack((np.zeros_like(n), n), -1)).int()[None]
     found = row_budgets(visible, 2**31 - 1, [float(f) for f in fractions], [0.5] * 4, 1)
