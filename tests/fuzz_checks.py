@@ -21,10 +21,8 @@ from nc_patch import AttentionResult, KeyIndex, sparse_attention
 
 # How often each kind is drawn in a thousand cases.
 KINDS = {"forward": 500, "broken": 150, "decode": 300, "gradient": 50}
-_PREFILL, _DECODE = (
-    ("topk", "drop", "drop", "window", "block", "dense"),
-    ("codes", "codes", "codes with means", "pages"),
-)
+_PREFILL = ("topk", "drop", "drop", "window", "block", "dense")
+_DECODE = ("codes", "codes", "codes with means", "pages", "topk")
 _PERTURBED = 16
 
 
@@ -88,7 +86,7 @@ class Call(NamedTuple):
 def check(kind: str, seed: int) -> str | None:
     """Runs one case, of ``KINDS``, or in Triton's interpreter of ``WAYS``; what is wrong with it, or None."""
     name, rng = f"{kind} {seed}", random.Random(f"{kind} {seed}")
-    way = kind if kind in WAYS else rng.choice((*_DECODE, "topk") if kind == "decode" else _PREFILL)
+    way = kind if kind in WAYS else rng.choice(_DECODE if kind == "decode" else _PREFILL)
     decode = kind == "decode" or WAYS[way].index is not None
     options: dict[str, Any] = {"dtype": None, "decode": decode, "odd": True}
     if kind in WAYS:

@@ -68,10 +68,8 @@ def test_a_window_is_the_first_keys_and_the_most_recent_ones():
 def test_a_page_whose_keys_are_equal_is_not_missed():
     """Keys and values that are constant over pages are approximated without an error, however few are attended."""
     key, value = (torch.randn(1, 2, 9, 8).repeat_interleave(16, 2) for _ in range(2))
-    query, ends = (
-        torch.randn(1, 4, 9, 8),
-        torch.arange(16, 145, 16),
-    )  # each query sees whole pages, and attends the last
+    # Each query sees whole pages, and attends the last.
+    query, ends = torch.randn(1, 4, 9, 8), torch.arange(16, 145, 16)
     visible = torch.stack((torch.zeros(9), ends), -1).int()[None]
     options = {"alpha": 16.0, "sink_keys": 0, "recent_keys": 16, "visible": visible, "origin": visible[..., 0]}
     dense = sparse_attention(query, key, value, alpha=1.0, C=1.0, visible=visible).double()
