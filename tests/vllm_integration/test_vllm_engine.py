@@ -78,7 +78,6 @@ SETTINGS = {
     "top-k for the prompt, some layers dense": {
         "alpha": 4, "C": 0.5, "dense_below": 0, "prefill": "topk", "decode": "block", "dense_layers": [0, 29],
     },
-    "the defaults": {"alpha": 4, "C": 0.5},
 }  # fmt: skip
 
 
