@@ -32,10 +32,14 @@ def spaced(values: Iterable[object]) -> str:
     return " ".join(map(str, values))
 
 
-def add_out(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds ``--out``, a directory, which may be below the user's home."""
-    home = lambda text: Path(text).expanduser()  # noqa: E731
-    parser.add_argument("--out", type=home, required=True, metavar="DIR", help=what)
+def directory(text: str) -> Path:
+    """The type of a directory, which may be below the user's home."""
+    return Path(text).expanduser()
+
+
+def add_out(parser: argparse.ArgumentParser, what: str, required: bool = True) -> None:
+    """Adds ``--out``, a directory."""
+    parser.add_argument("--out", type=directory, required=required, metavar="DIR", help=what)
 
 
 def add_lengths(parser: argparse.ArgumentParser, default: Sequence[int], what: str) -> None:

@@ -15,6 +15,7 @@ from eval_tasks.arguments import (
     add_lengths,
     add_model_options,
     add_out,
+    directory,
     not_negative,
     positive,
     spaced,
@@ -62,8 +63,8 @@ def run_report(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nc-patch report", description="Write one report of what directories hold.", allow_abbrev=False
     )
-    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="the --out of nc-patch eval")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes (default: DIR, where there is only one)")
+    parser.add_argument("directories", type=directory, nargs="+", metavar="DIR", help="the --out of nc-patch eval")
+    add_out(parser, "where it goes (default: DIR, where there is only one)", required=False)
     _add_within(parser)
     arguments = parser.parse_args(argv)
     _write_report(arguments.directories, arguments.out, arguments.within / 100)
@@ -97,20 +98,21 @@ def _sweep(given: argparse.Namespace) -> Sweep:
             f"({spaced(given.lengths)}): give smaller ones, or longer --lengths"
         )
     options = {field.name: getattr(given, field.name) for field in fields(Sweep) if field.name in given}
-    options["methods"], options["tasks"] = _methods(given), tuple(name for name in _TASKS if name in given.tasks)
-    options["iso_keys"] = tuple(sorted(set(given.iso_keys))) if iso else ()
     layout = Layout(ascending(given.lengths), given.samples, given.scored, given.passage, given.seed)
+    options["methods"] = _methods(given, budgets.at(layout.lengths[-1]))
+    options["tasks"] = tuple(name for name in _TASKS if name in given.tasks)
+    options["iso_keys"] = tuple(sorted(set(given.iso_keys))) if iso else ()
     return Sweep(budgets=budgets, layout=layout, **options)
 
 
-def _methods(given: argparse.Namespace) -> tuple[str, ...]:
+def _methods(given: argparse.Namespace, budgets: Budgets) -> tuple[str, ...]:
     """The methods asked for, in the order in which they are listed; raises EvalError for those that do not fit."""
     iso = given.match == "iso"
     names = {*(given.methods or (_ISO_METHODS if iso else DEFAULT_METHODS)), *([PROFILE] if given.profile else [])}
-    if PROFILE in names and given.profile is None:
-        raise EvalError("the method profile needs a calibrated profile: --profile FILE, from nc-patch calibrate")
     for name in sorted(names):
-        press = find_method(name).press
+        method = find_method(name)
+        method.config(budgets)  # raises for budgets that it cannot have
+        press = method.press
         if "@" in name:
             raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
         if iso and (press or name == PROFILE):

@@ -101,8 +101,8 @@ def answer(model: Any, tokenizer: Any, prompt: torch.Tensor, config: NCConfig | 
             token = int(forward(model, ids, 1, cache).argmax())
             seconds.append(time.perf_counter() - begin)
         found.step = statistics.median(seconds) if seconds else math.nan
-        if config and seconds:
-            found.shares = (share, nc_stats(model)["attended_fraction"])
+        if config:
+            found.shares = (share, nc_stats(model)["attended_fraction"] if seconds else math.nan)
     print(f"   ({found.step * 1e3:.0f} ms a token)", flush=True)
     return found
 

@@ -44,8 +44,6 @@ class Budgets:
     def __post_init__(self) -> None:
         if self.equal_at < 2:
             raise EvalError(f"equal_at must be a length of at least 2, got {self.equal_at}")
-        if self.match not in MATCHED_BY:
-            raise EvalError(f"match must be one of {', '.join(MATCHED_BY)}, got {self.match!r}")
         try:
             NCConfig(self.alpha, self.C, backend=self.backend)
         except ValueError as error:

@@ -17,7 +17,7 @@ from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.peak import Peak, memory_watched
 from eval_tasks.presses import Press
 from eval_tasks.synthetic import SyntheticSample
-from eval_tasks.synthetic.fitting import tokens_of
+from eval_tasks.synthetic.sample import tokens_of
 from eval_tasks.tasks import Sample
 from nc_patch import NCConfig, nc_stats, patched, reset_stats
 
@@ -133,14 +133,14 @@ def in_phase(
             peak.mark("prefill_seconds")
         with _attending(model, None if phase == "prefill" else config, tail) as counted:
             result, further, scored = read(cache, peak)
-    length, timed = len(context) + further, {"seconds": peak.seconds, "peak_memory": peak.bytes, **peak.marks}
+    length = len(context) + further
     if isinstance(attention, Press):
         assert cache is not None
-        return result, _compressed(cache, length, scored) | timed
+        return result, _compressed(cache, length, scored) | peak.found
     dense = _dense(model, phase, len(context), length, scored)
     if config is not None and phase == "prefill":  # what is scored was read densely
         counted = counts | {name: dense[name] for name in _COUNTS[2:]}
-    return result, dense | counted | timed
+    return result, dense | counted | peak.found
 
 
 def warm_up(model: Any, attention: Attention) -> None:
@@ -151,19 +151,22 @@ def warm_up(model: Any, attention: Attention) -> None:
 
 
 def forward(
-    model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache | None = None, read: int | None = None
+    model: Any, ids: torch.Tensor, keep: int, cache: DynamicCache | None = None, read: int | None = None, **further: Any
 ) -> torch.Tensor:
-    """Logits ``[keep, V]`` of the last positions of a sequence, int64 ``[N]``.
+    """Logits ``[keep, V]`` of the last positions of a sequence, int64 ``[N]``; ``further`` arguments are the model's.
 
     With a cache, which holds the other tokens, the last ``read`` are read, by default ``keep``.
     """
-    if cache is None:
-        logits: torch.Tensor = model(input_ids=ids[None], use_cache=False, **_only_last(model, keep)).logits
-    else:
-        read = read or keep
-        positions = torch.arange(len(ids) - read, len(ids), device=ids.device)[None]
-        options = {**_with_cache(model, cache), **_only_last(model, keep)}
-        logits = model(input_ids=ids[None, -read:], position_ids=positions, **options).logits
+    taken, start = _parameters(type(model).forward), 0
+    options: dict[str, Any] = {"use_cache": cache is not None, **further}
+    if "logits_to_keep" in taken:  # which spares the model the logits before
+        options["logits_to_keep"] = keep
+    if cache is not None:
+        start = len(ids) - (read or keep)
+        options["position_ids"] = torch.arange(start, len(ids), device=ids.device)[None]
+        # transformers 5.24 has renamed it, and warns of the old name.
+        options["cache" if "cache" in taken else "past_key_values"] = cache
+    logits: torch.Tensor = model(input_ids=ids[None, start:], **options).logits
     return logits[0, -keep:]
 
 
@@ -172,16 +175,6 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     found = model.generation_config.eos_token_id
     ids = found if isinstance(found, list) else [found]
     return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
-
-
-def _only_last(model: Any, keep: int) -> dict[str, int]:
-    """The argument that lets a model compute the last logits alone, where it takes one."""
-    return {"logits_to_keep": keep} if "logits_to_keep" in _parameters(type(model).forward) else {}
-
-
-def _with_cache(model: Any, cache: DynamicCache) -> dict[str, Any]:
-    """The arguments that hand a model its cache; transformers 5.24 has renamed it, and warns of the old name."""
-    return {"cache" if "cache" in _parameters(type(model).forward) else "past_key_values": cache, "use_cache": True}
 
 
 @lru_cache
@@ -221,15 +214,13 @@ def _compressed(cache: DynamicCache, length: int, scored: int) -> dict[str, Any]
 
 def _prefilled(model: Any, context: torch.Tensor, attention: Attention) -> DynamicCache:
     """The cache of a prefill of ``context``, int64 ``[N]``; compressed where a press is given."""
-    cache = DynamicCache(config=model.config)
-    options: dict[str, Any] = {**_with_cache(model, cache), **_only_last(model, 1)}
+    cache, n = DynamicCache(config=model.config), len(context)
     if not isinstance(attention, Press):
-        model(input_ids=context[None], **options)
+        forward(model, context, 1, cache, n)
         return cache
-    # By positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
-    options["cache_position"] = torch.arange(len(context), device=context.device)
-    with attention.compressing(model, len(context)):
-        model(input_ids=context[None], **options)
+    with attention.compressing(model, n):
+        # By positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
+        forward(model, context, 1, cache, n, cache_position=torch.arange(n, device=context.device))
     return cache
 
 

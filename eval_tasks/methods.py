@@ -23,7 +23,7 @@ class Method:
     """One way to attend: its name in results, its label in plots, a sentence for a newcomer.
 
     ``config`` gives the settings for given budgets; None is the unpatched model. ``press`` is the class of kvpress that
-    compresses the cache, for methods that are not this package's.
+    compresses the cache, for methods that are not this package's; it keeps as many keys as ``config`` attends.
     """
 
     name: str
@@ -43,6 +43,7 @@ def _sparse(
 
 _RECENT = f"the first {STREAMING_SINKS} keys and the most recent ones"
 _STREAMING = f"{_RECENT}, a fixed number (StreamingLLM)"
+_SHARE = "the highest scores, a fixed share of all keys"
 _MEANS = "and beside it the mean of the other keys in every page of 16, which counts as no key"
 _UNASKED = (
     "what patch_model does with α·n^C keys: prefill by blocks of keys, decoding by top-k and means of the other keys, "
@@ -55,14 +56,7 @@ _LISTED = (
     _sparse("streaming", "sinks + fixed window", _STREAMING, "fixed", "window", sink_keys=STREAMING_SINKS),
     _sparse("fixed-topk", "fixed-k top-k", "the highest scores, a fixed number", "fixed", "topk", tail="drop"),
     _sparse("log-topk", "log n top-k", "the highest scores, a·log2(n) of them", "log", "topk", LogConfig, tail="drop"),
-    _sparse(
-        "fraction-topk",
-        "fixed-fraction top-k",
-        "the highest scores, a fixed share of all keys",
-        "fraction",
-        "topk",
-        tail="drop",
-    ),
+    _sparse("fraction-topk", "fixed-fraction top-k", _SHARE, "fraction", "topk", tail="drop"),
     _sparse("nc-window", "α·n^C window", f"{_RECENT}, α·n^C in all", "power", "window", sink_keys=STREAMING_SINKS),
     _sparse("nc-topk", "α·n^C top-k", "the highest scores, α·n^C of them", "power", "topk", tail="drop"),
     _sparse("fixed-topk-mean", "fixed-k top-k + means", f"fixed-topk, {_MEANS}", "fixed", "topk", tail="mean"),
@@ -91,7 +85,7 @@ def find_method(name: str) -> Method:
     if name.startswith(PRESS):
         press = name.removeprefix(PRESS)
         title, what = f"{press.removesuffix('Press')} (kvpress)", f"the cache compressed by {press} of kvpress"
-        return Method(name, title, what, lambda b: None, press=press)
+        return Method(name, title, what, METHODS["nc-topk"].config, press)
     base, keys = keys_of(name)
     if base not in METHODS:
         raise EvalError(f"unknown method {base!r}; allowed are {', '.join(METHODS)}, and {PRESS}NAMEPress")
@@ -118,11 +112,8 @@ def attention_by(name: str, budgets: Budgets, n: int) -> Attention:
 
 
 def budget_at(name: str, budgets: Budgets, n: int) -> int:
-    """How many of ``n`` keys the method's law lets a query attend, on average over heads; ``n`` without a law.
-
-    A press keeps as many as ``nc-topk`` attends.
-    """
-    law = find_method("nc-topk" if find_method(name).press else name).config(budgets.at(n))
+    """How many of ``n`` keys the method's law lets a query attend, on average over heads; ``n`` without a law."""
+    law = find_method(name).config(budgets.at(n))
     if law is None:
         return n
     if not isinstance(law.alpha, tuple):

@@ -18,16 +18,16 @@ _SAMPLING_SECONDS = 0.005
 
 
 class Peak:
-    """Times a block and finds its peak memory above the start: ``seconds`` and ``bytes`` when it is left.
+    """Times a block and finds its peak memory above the start: fields of a row in ``found``, all when it is left.
 
-    Memory is resident on the CPU, sampled in the background, and allocated on GPUs, added up over those that share a
-    model.
+    Memory, in bytes, is resident on the CPU, sampled in the background, and allocated on GPUs, added up over those that
+    share a model.
     """
 
     def __init__(self, model: Any) -> None:
         self.devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-        self.seconds, self.bytes, self._process = 0.0, 0, psutil.Process()
-        self.marks: dict[str, float] = {}
+        self.found: dict[str, float] = {}
+        self._process = psutil.Process()
 
     def __enter__(self) -> "Peak":
         for device in self.devices:
@@ -44,17 +44,16 @@ class Peak:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.mark("")
-        self.seconds = self.marks.pop("")
+        self.mark("seconds")
         self._done.set()
         self._sampler.join()
-        self.bytes = max(self._peak, self._held()) - self._before
+        self.found["peak_memory"] = max(self._peak, self._held()) - self._before
 
     def mark(self, name: str) -> None:
-        """Notes, under a name, how many seconds have passed; what was begun on GPUs is waited for."""
+        """Notes, in a field, how many seconds have passed; what was begun on GPUs is waited for."""
         for device in self.devices:
             torch.cuda.synchronize(device)
-        self.marks[name] = time.perf_counter() - self._start
+        self.found[name] = time.perf_counter() - self._start
 
     def _held(self) -> int:
         if self.devices:  # whose peak is kept by PyTorch, so that before and after is enough

@@ -1,13 +1,11 @@
-"""What is needed to believe a figure and to measure it again: versions, hardware, commit, and ``run.json``."""
+"""What is needed to believe a figure and to measure it again: versions, hardware, commit."""
 
-import datetime
-import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,6 @@ import torch
 import transformers
 
 import nc_patch
-from eval_tasks.errors import EvalError
-from eval_tasks.store import RUN, read_rows, read_run, write_atomically
 
 
 def versions() -> dict[str, str]:
@@ -62,53 +58,3 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError) as error:
         print(f"The git commit could not be read ({error}); it is recorded as unknown.", file=sys.stderr)
         return None
-
-
-def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
-    """Refuses a directory that holds a run of another identity, by an EvalError that names what differs.
-
-    ``identity`` has everything that must not change within one directory; what its record lacks is not compared.
-    """
-    if (run := read_run(directory)) is None:
-        if read_rows(directory):
-            raise EvalError(f"{directory} holds results and no {RUN}, which says what they are of: give another --out")
-        return
-    before = run["identity"]
-    if changed := differing(before, identity, [name for name in identity if name in before]):
-        raise EvalError(
-            f"{directory} holds a run of other arguments: {changed}. Give another --out, the same arguments as before, "
-            "or remove the directory."
-        )
-
-
-def differing(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Which of the settings of these names differ, in words; a missing one is None."""
-    shown = {name: [json.dumps(each.get(name), ensure_ascii=False) for each in (before, now)] for name in names}
-    return "; ".join(f"{name} was {was}, is {new}" for name, (was, new) in shown.items() if was != new)
-
-
-def record_session(
-    directory: Path,
-    identity: Mapping[str, Any],
-    details: Mapping[str, Any],
-    command: str,
-    machines: Sequence[Mapping[str, Any]],
-) -> None:
-    """Writes ``run.json``, or adds a session to the one there is; says so where its hardware is another.
-
-    ``details`` are what later sessions need not repeat. Of a session the command is recorded, and the ``machines``: the
-    hardware of each of its processes, by which the first one's stands for all that are alike.
-    """
-    first = {"command": command, "identity": dict(identity), **details, "hardware": machines[0], "sessions": []}
-    run = read_run(directory) or first
-    before, here = hardware_words(run["hardware"]), hardware_words(machines[0])
-    if before != here:
-        said = f"This session runs on other hardware ({here}) than the first ({before}); it is recorded, and the report"
-        print(f"{said} says that times do not compare.", file=sys.stderr)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    session: dict[str, Any] = {"started": now, "commit": commit(), "command": command, "processes": len(machines)}
-    session["hardware"] = machines[0]
-    if others := {words: each for each in machines if (words := hardware_words(each)) != here}:
-        session["other_hardware"] = [*others.values()]
-    run["sessions"].append(session)
-    write_atomically(directory / RUN, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())

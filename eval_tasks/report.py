@@ -14,7 +14,6 @@ from eval_tasks import figures, findings, summary
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHED_BY
 from eval_tasks.measure import SPARSE_IN
-from eval_tasks.merging import merge_runs
 from eval_tasks.methods import find_method
 from eval_tasks.store import Row, check_out, write_atomically
 from eval_tasks.tasks import TASKS
@@ -43,7 +42,7 @@ _NEEDED = (
 
 
 class Report:
-    """Everything that is said about what ``merge_runs`` returns, the ``run`` and its rows.
+    """Everything that is said about what ``summary.merge_runs`` returns, the ``run`` and its rows.
 
     ``table`` is the first one, at the longest length that can be judged (None where nothing is compared); ``details``
     are the others, each a title, a note and HTML, and ``csv`` those for programs, by file. ``result`` is the main
@@ -128,12 +127,12 @@ def write_report(directories: Sequence[Path], out: Path | None = None, within: f
     """Writes the report of directories of runs to ``out``, by default the only one of them.
 
     A method counts as no worse than dense ``within`` this margin. Returns the table and the main finding, line by line;
-    raises EvalError for what ``merge_runs`` refuses, or where the report cannot be written.
+    raises EvalError for what ``summary.merge_runs`` refuses, or where the report cannot be written.
     """
     if out is None and len(directories) != 1:
         raise EvalError("say where the report of several directories goes: --out DIR")
     target = out or directories[0]
-    merged = merge_runs(directories)
+    merged = summary.merge_runs(directories)
     check_out(target, REPORT_FILES)
     report = Report(*merged, within)
     csv = {name: summary.csv_of(table).encode() for name, table in report.csv.items()}

@@ -5,6 +5,7 @@ the run's. What is read is checked, since directories of results are passed from
 """
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import json
@@ -12,12 +13,13 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
+from eval_tasks.provenance import commit, hardware_words
 from nc_patch.common import check_directory, replace_file
 
 Row = Mapping[str, Any]
@@ -148,6 +150,56 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     if problem is not None:
         raise EvalError(f"{path} is damaged: {problem}. Give another directory, or remove this one")
     return run
+
+
+def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Refuses a directory that holds a run of another identity, by an EvalError that names what differs.
+
+    ``identity`` has everything that must not change within one directory; what its record lacks is not compared.
+    """
+    if (run := read_run(directory)) is None:
+        if read_rows(directory):
+            raise EvalError(f"{directory} holds results and no {RUN}, which says what they are of: give another --out")
+        return
+    before = run["identity"]
+    if changed := differing(before, identity, [name for name in identity if name in before]):
+        raise EvalError(
+            f"{directory} holds a run of other arguments: {changed}. Give another --out, the same arguments as before, "
+            "or remove the directory."
+        )
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Which of the settings of these names differ, in words; a missing one is None."""
+    shown = {name: [json.dumps(each.get(name), ensure_ascii=False) for each in (before, now)] for name in names}
+    return "; ".join(f"{name} was {was}, is {new}" for name, (was, new) in shown.items() if was != new)
+
+
+def record_session(
+    directory: Path,
+    identity: Mapping[str, Any],
+    details: Mapping[str, Any],
+    command: str,
+    machines: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes ``run.json``, or adds a session to the one there is; says so where its hardware is another.
+
+    ``details`` are what later sessions need not repeat. Of a session the command is recorded, and the ``machines``: the
+    hardware of each of its processes, by which the first one's stands for all that are alike.
+    """
+    first = {"command": command, "identity": dict(identity), **details, "hardware": machines[0], "sessions": []}
+    run = read_run(directory) or first
+    before, here = hardware_words(run["hardware"]), hardware_words(machines[0])
+    if before != here:
+        said = f"This session runs on other hardware ({here}) than the first ({before}); it is recorded, and the report"
+        print(f"{said} says that times do not compare.", file=sys.stderr)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    session: dict[str, Any] = {"started": now, "commit": commit(), "command": command, "processes": len(machines)}
+    session["hardware"] = machines[0]
+    if others := {words: each for each in machines if (words := hardware_words(each)) != here}:
+        session["other_hardware"] = [*others.values()]
+    run["sessions"].append(session)
+    write_atomically(directory / RUN, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextlib.contextmanager

@@ -21,12 +21,12 @@ from eval_tasks.arguments import load_chosen_model
 from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.matching import Budgets, load_profile
 from eval_tasks.measure import Phase, answer, measure, warm_up
-from eval_tasks.methods import DENSE, attention_by, budget_at, find_method, with_keys
+from eval_tasks.methods import DENSE, attention_by, budget_at, with_keys
 from eval_tasks.models import attention_of, find_model, tokenizer_fingerprint
 from eval_tasks.processes import device_of, gathered
-from eval_tasks.provenance import check_same, commit, hardware, record_session, versions
+from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.report import REPORT_FILES
-from eval_tasks.store import Cell, Row, append_row, check_out, claimed, read_rows, read_run
+from eval_tasks.store import Cell, Row, append_row, check_out, check_same, claimed, read_rows, read_run, record_session
 from eval_tasks.synthetic import GENERATORS, SyntheticSample, chat, synthesize
 from eval_tasks.tasks import TASKS, Layout, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
@@ -192,7 +192,7 @@ def check_methods(sweep: Sweep, model: Any) -> None:
         load_profile(sweep.budgets.profile).check_model(model)
     for name in sweep.methods:
         try:
-            warm_up(model, find_method(name).config(sweep.budgets.at(max(sweep.layout.lengths))))
+            warm_up(model, attention_by(name, sweep.budgets, max(sweep.layout.lengths)))
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise EvalError(f"the method {name} does not run on this model and device: {error}") from error
 

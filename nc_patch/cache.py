@@ -223,10 +223,12 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
         return self.keys, self.values
 
     def _nc_may_grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether new keys may be written into memory that is there: not where a gradient is recorded."""
+        """Whether new keys may be written into memory that is there: not where a gradient may be recorded. One of the
+        query alone keeps the keys of its step too.
+        """
         keys, values = self.keys, self.values
         assert keys is not None
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or keys.requires_grad):
+        if torch.is_grad_enabled():
             return False
         alike = key_states.dtype == keys.dtype and value_states.dtype == values.dtype and keys.numel() > 0
         return alike and key_states.shape[0] == keys.shape[0] and value_states.shape[0] == values.shape[0]
@@ -267,6 +269,8 @@ class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
         super().reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if any(index.is_frozen() for index in self.nc_indexes.values()):
+            self.nc_forget()
         self._nc_follow(lambda index: index.copy_selected_(beam_idx), "reorder_cache", beam_idx)
 
 

@@ -68,6 +68,8 @@ def say_once(message: str) -> None:
 
 def plain(value: Any) -> Any:
     """Arrays, tensors and their scalars as Python's lists and numbers; anything else as it is."""
+    if type(value) is float:  # in a graph it may be a symbol, which has no attributes to ask for
+        return value
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -1,8 +1,9 @@
 """Attention problems of every shape, made from a seed or described, and what every way of attending is held to."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from nc_patch import KeyIndex
 from nc_patch.budget import budget_of
 from nc_patch.functional import by_index
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals, visible_mask
-from nc_patch.selections import Selection
+from nc_patch.selections import Block, Selection
 from nc_patch.selections.base import selection_class
 from nc_patch.selections.block.blocks import BLOCK_SIZES, QUERY_BLOCK_SIZES, SAMPLE_STRIDES
 
@@ -168,77 +169,6 @@ LAYOUTS = ("contiguous", "transposed", "rows apart", "expanded 0", "expanded 1",
 COLUMN_LAYOUTS = ("columns apart", "columns first", "expanded 3")
 
 
-def random_case(
-    seed: object, longest: int = 150, dtype: torch.dtype | None = torch.float32, decode: bool = False, *,
-    queries: int = 1000, odd: bool = False, broken: bool = False, layouts: tuple[str, ...] = LAYOUTS[:1],
-) -> Case:  # fmt: skip
-    """A case in which everything may vary: lengths, heads, intervals, laws, ties, soft-cap, sinks, block options.
-
-    Every interval lies within its sequence.
-
-    Args:
-        longest, queries: at most so many keys and queries. dtype: any where it is None.
-        decode: each sequence has few queries, and is the only one of its row of the batch.
-        odd: sizes of none, large head dimensions and scores, and settings without measure are drawn too.
-        broken: with NaN and infinities in places. layouts: how tensors may lie in memory.
-    """
-    rng = random.Random(str(seed))
-    g = torch.Generator().manual_seed(rng.randrange(2**31))
-    pick = lambda plain, *other: rng.choice((*plain, *other) if odd else plain)  # noqa: E731
-    dtype = dtype or rng.choice((torch.float32, torch.bfloat16, torch.float16))
-    B = pick((1, 1, 2) if broken else (1, 1, 1, 2, 2, 3), *(0,) * (not broken))
-    Hkv, group = rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 3, 4, 5, 7, 8))
-    Hq, D = Hkv * group, pick([rng.randint(1, 40) for _ in range(14)], *HEAD_DIMS)
-    Dv = rng.choice((D, D, rng.randint(1, 24)))
-    Lk = min(longest, pick((1, 2, 15, 16, 17, 63, 64, 65, *(rng.randint(1, longest) for _ in range(20))), 0))
-    kinds = ("causal", "causal", "padded", "sliding", "any", "any", "empty", "full")
-    kind = rng.choice(kinds if decode else (*kinds, "packed"))
-    Lq = pick((1, Lk, *(rng.randint(1, max(1, Lk)) for _ in range(2))), *(0,) * (not decode))
-    if kind in ("any", "empty", "full"):
-        Lq = rng.choice((Lq, rng.randint(1, 40)))
-    Lq = min(max(Lq, 1), 32 if odd else 5, queries) if decode else min(Lq, queries)
-    exact = rng.random() < 0.5
-    tensors = []
-    for heads, length, width in ((Hq, Lq, D), (Hkv, Lk, D), (Hkv, Lk, Dv)):
-        values = torch.randn((B, heads, length, width), generator=g)
-        tensor = ((2 * values).round().clamp(-7, 7) / 2 if exact else values).to(dtype)
-        for _ in range(rng.randint(0, 3) if broken and tensor.numel() else 0):
-            tensor[tuple(rng.randrange(size) for size in tensor.shape)] = rng.choice((torch.nan, torch.inf, -torch.inf))
-        layout = rng.choice(layouts)
-        # Equal keys tie, and with free values rounding would decide which of them come first.
-        tensors.append(tensor if layout == "expanded 2" and not exact else laid_out(tensor, layout))
-    visible, origin = random_intervals(rng, g, kind, (B, Lq, Lk), decode)
-    factor = lambda: pick((1.0, 2.0, 4.0, rng.uniform(0.1, 9.0)), 0.1, 1e-30, 1e30)  # noqa: E731
-    exponent = lambda: pick((0.0, 0.5, rng.random()), 1.0)  # noqa: E731
-    laws = Hq if rng.random() < 0.3 else 1
-    alphas, exponents = [factor() for _ in range(laws)], [exponent() for _ in range(laws)]
-    limits = {"min_keys": pick((1, 1, 1, rng.randint(1, 40)), 10**9)}
-    limits["dense_below"] = pick((0, 0, 0, rng.randint(0, 260)), 10**6)
-    seen = (visible[..., 1] - visible[..., 0]).tolist()
-    budget = [
-        [[budget_of(n, *law, **limits) for n in rows] for law in zip(alphas, exponents, strict=True)] for rows in seen
-    ]
-    sinks = torch.randn(2 * Hq, generator=g)[::2].to(rng.choice((torch.float32, dtype)))
-    # Among broken values scores stay so small that no weight vanishes in float32.
-    scale = rng.choice((D**-0.5, 0.02)) if broken else pick((D**-0.5, D**-0.5, 0.125), 0.3, 1.0)
-    return Case(
-        *tensors, visible, origin, torch.tensor(budget, dtype=torch.int32).view(B, laws, Lq),
-        sinks if rng.random() < 0.3 else None, scale, 0.0 if broken else pick((0.0, 0.0, 3.0), 50.0),
-        {
-            "sink_keys": pick((4, 0, rng.randint(0, 5)), rng.randint(0, 20), 10**6),
-            "recent_keys": pick((1, 0, rng.randint(0, 5)), 10**6),
-            "size": pick((16, 32), *BLOCK_SIZES),
-            "query_block_size": rng.choice(QUERY_BLOCK_SIZES),
-            "sample_stride": rng.choice((None, None, *SAMPLE_STRIDES)),
-            "local_keys": pick((0, 0, 64, rng.randint(0, 260)), 10**6),
-            "min_mass": pick((None,), None, 0.5, 0.9),
-            "max_factor": pick((4.0,), 1.0, 1e300),
-        },
-        law={"alpha": alphas if laws > 1 else alphas[0], "C": exponents if laws > 1 else exponents[0], **limits},
-        exact=exact,
-    )  # fmt: skip
-
-
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """The same values, or for an expanded layout some of them repeated, as a view of another layout.
 
@@ -259,33 +189,6 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return view
 
 
-def random_intervals(
-    rng: random.Random, g: torch.Generator, kind: str, sizes: tuple[int, int, int], one_origin: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Visible intervals and origins such that every interval lies within its own sequence; ``sizes``: B, Lq and Lk."""
-    B, Lq, Lk = sizes
-    visible = causal_intervals(*sizes, "cpu").clamp(max=Lk)
-    end, origin = visible[..., 1], torch.zeros(B, Lq, dtype=torch.int32)
-    if kind == "padded":
-        origin = torch.randint(0, Lk + 1, (B, 1), generator=g, dtype=torch.int32).expand(B, Lq)
-        visible[..., 0] = torch.minimum(origin, end)
-    elif kind == "sliding":
-        visible[..., 0] = (end - rng.randint(1, 60)).clamp(min=0)
-        origin -= 0 if one_origin else rng.choice((0, 0, rng.randint(0, 70)))
-    elif kind == "packed":
-        first, second = sorted(rng.randrange(max(Lk, 1)) for _ in range(2))
-        origin = torch.where(end > second, second, torch.where(end > first, first, 0)).to(torch.int32)
-        visible[..., 0] = torch.minimum(origin, end)
-    elif kind == "empty":
-        visible = torch.randint(0, Lk + 1, (B, Lq, 1), generator=g, dtype=torch.int32).expand(B, Lq, 2)
-    elif kind == "full":
-        visible[...] = torch.tensor([0, Lk])
-    elif kind == "any":
-        visible = torch.randint(0, Lk + 1, (B, Lq, 2), generator=g).sort(-1).values.to(torch.int32)
-        origin += visible[..., 0].amin(1, keepdim=True) if one_origin else -rng.choice((0, rng.randint(0, 40)))
-    return visible.contiguous(), origin.contiguous()
-
-
 def every(step: int, key: torch.Tensor) -> torch.Tensor:
     """Which keys are every ``step``-th."""
     return torch.arange(key.shape[2])[:, None] % step == 0
@@ -302,6 +205,7 @@ HARD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "heavy tails": lambda key: key.pow(5).round(),
     "clustered": lambda key: key * 0.125 + key[:, :, :1].round() * (torch.arange(key.shape[2]) % 3)[:, None],
 }
+NEGATIVE_NAN = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
 # Keys along one axis, where no order of summation changes which score is larger.
 SPOILED = {name: HARD[name] for name in ("all equal", "one outlier a page", "huge norms", "denormals")} | {
     "signed zeros": lambda key: torch.where(every(2, key), -0.0, key * 0),
@@ -311,10 +215,9 @@ SPOILED = {name: HARD[name] for name in ("all equal", "one outlier a page", "hug
     ),
     # Beside the lowest that are attended the differences between the highest are lost in float32.
     "most far below": lambda key: torch.where(every(4, key), key, -1e20 * (1 + key.abs())),
-    "nan": lambda key: key.index_fill(2, torch.tensor([11, 40]), torch.nan),
+    "nan": lambda key: key.index_fill(2, torch.tensor(11), torch.nan).index_fill(2, torch.tensor(40), NEGATIVE_NAN),
     "pages alike": lambda key: (torch.arange(key.shape[2]) // 16 % 3)[:, None] * 0.25 + key * 0,
 }
-KINDS = [*HARD.values()]
 # Page weights of the others lie further apart than float32 can hold, or logits closer than its rounding.
 PAGE_KINDS = [HARD[name] for name in ("all equal", "huge norms", "denormals", "heavy tails", "clustered")]
 
@@ -328,7 +231,8 @@ class Shape:
             a ``"cache"`` that has dropped the first of its sequences, the beginning of a ``"static"`` cache, ``"both"``
             directions, ``"ragged"`` rows of which some are empty, ``"any"`` such rows of one sequence, ``"empty"``
             ones, some in padded sequences (``"holes"``), rows ``"apart"``, with keys between them that none sees, or
-            where causal sequences end.
+            where causal sequences end, ``("ends", ...)``. Places may follow others' names too: where sequences begin,
+            the window and how much is dropped, the keys that are seen both ways, how much is dropped before any.
         budget: of a row with n keys: so many, ``"law"``, ``"full"``, ``"any"`` number, or any number ``"per_head"``.
         dense_below: rows that see no more keys attend all of them.
         sinks: drawn, or all of one number. unequal: how unlike in size keys are, so that blocks differ in mass.
@@ -348,7 +252,7 @@ class Shape:
     keys: int = 53
     head_dim: int = 64
     value_dim: int | None = None
-    intervals: str | tuple[int, ...] = "causal"
+    intervals: str | tuple[Any, ...] = "causal"
     budget: int | str = "law"
     dense_below: int = 0
     softcap: float = 0.0
@@ -400,33 +304,35 @@ class Shape:
 
     def intervals_of(self, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """``visible`` and ``origin``."""
-        kind, keys = self.intervals, self.keys
-        visible = causal_intervals(self.batch, self.queries, keys, "cpu").clone()
+        kind, *at = (self.intervals,) if isinstance(self.intervals, str) else self.intervals
+        B, keys = self.batch, self.keys
+        visible = causal_intervals(B, self.queries, keys, "cpu").clone()
         origin = torch.zeros_like(visible[..., 0])
-        if isinstance(kind, tuple):
-            visible[..., 1] += torch.tensor(kind, dtype=torch.int32)[:, None] - keys
+        if kind == "ends":
+            visible[..., 1] += torch.tensor(at, dtype=torch.int32)[:, None] - keys
         elif kind in ("padding", "holes"):
-            origin += 13 * torch.arange(self.batch, dtype=torch.int32)[:, None]
+            origin += torch.tensor(at or [13 * b for b in range(B)], dtype=torch.int32)[:, None]
         elif kind == "packed":
-            for border in (keys // 8, keys // 4, keys * 3 // 4):
+            for border in at or (keys // 8, keys // 4, keys * 3 // 4):
                 origin[visible[..., 1] > border] = border
-        elif kind == "cache":
-            origin -= 21
+        elif kind in ("sliding", "cache"):
+            window, dropped = at or ((keys * 2 // 5, 0) if kind == "sliding" else (keys * 4 // 5, 21))
+            visible[..., 0], origin = visible[..., 1] - window, origin - dropped
         elif kind == "static":
             visible[..., 1] -= 41
         elif kind == "both":
-            visible[...] = torch.tensor([5, keys - 2])
-        elif kind == "empty":
-            visible[..., 1] = 0
+            visible[...] = torch.tensor(at or (5, keys - 2))
         elif kind == "apart":
-            for first, interval in ((0, (2, 9)), (7, (40, 40)), (9, (12, 26)), (14, (26, 33))):
+            for first, interval in ((0, (2, 9)), (5, (12, 26)), (9, (40, 40)), (11, (45, 50)), (15, (26, 33))):
                 visible[:, first:] = torch.tensor(interval)
-        elif kind in ("ragged", "any"):
+        elif kind in ("ragged", "any", "empty"):
             visible = torch.randint(0, keys + 1, visible.shape, generator=g).sort(-1).values.to(torch.int32)
-            visible[:, ::5] = 3
-            return visible, origin if kind == "any" else visible[..., 0].clone()
-        if kind in ("sliding", "cache"):
-            visible[..., 0] = visible[..., 1] - keys * (2 if kind == "sliding" else 4) // 5
+            empty = slice(None) if kind == "empty" else slice(4, None, 5)
+            visible[:, empty, 1] = visible[:, empty, 0]
+            if kind == "ragged":
+                origin = visible[..., 0].clone()
+            elif kind == "any":
+                origin = origin - at[0] if at else origin + visible[..., 0].amin(1, keepdim=True)
         visible[..., 0] = torch.maximum(visible[..., 0], origin.clamp(min=0))
         visible[..., 1] = torch.maximum(visible[..., 1], visible[..., 0])
         if kind == "holes":
@@ -434,7 +340,16 @@ class Shape:
         return visible, origin
 
 
+def shape(name: str, *ways: str, **given: Any) -> Shape:
+    """The shape with these fields and options of ``block``, by which it is attended where no way is named."""
+    blocks = {option: given.pop(option) for option in Block.options if option in given}
+    return Shape(name, ways or ("block",), blocks=blocks, **given)
+
+
+in_blocks = partial(shape, queries=150, keys=150, head_dim=32, budget=40)
+decoded = partial(shape, queries=1, keys=130, recent_keys=2, group=3)
 ROWS, ALL = ("drop", "window"), ("topk", "drop", "window", "block")
+KEPT, INDEXED = ("codes", "pages"), ("codes", "codes with means", "pages")
 BF16, FP16 = torch.bfloat16, torch.float16
 SHAPES = [
     Shape("plain", (*ALL, "dense")),
@@ -450,13 +365,13 @@ SHAPES = [
     Shape("ragged", (*ROWS, "block"), batch=2, group=1, intervals="ragged", budget="any"),
     Shape("both-directions", (*ROWS, "block"), group=1, queries=40, keys=70, intervals="both"),
     Shape("one-query", ("drop",), BF16, 2, 2, 4, 1, 97),
-    Shape("one-key", (*ALL, "codes", "pages"), group=1, queries=1, keys=1),
+    Shape("one-key", (*ALL, *KEPT), group=1, queries=1, keys=1),
     Shape("full-budget", ALL, queries=17, keys=33, budget="full", sinks=True),
     Shape("forced-keys-fill-the-budget", ROWS, sink_keys=30, recent_keys=40, budget="any"),
-    Shape("empty", (*ALL, "codes", "pages"), queries=3, intervals="empty", sinks=True),
+    Shape("empty", (*ALL, *KEPT), queries=3, intervals="empty", sinks=True),
     Shape("no-query", ("drop", "block"), queries=0, sinks=True),
     Shape("sinks-beyond-all-scores", tuple(WAYS), queries=5, sinks=120.0),
-    Shape("apart", ROWS, group=1, intervals="apart"),
+    Shape("apart", (*ROWS, "block"), group=1, intervals="apart"),
     *(
         Shape(f"ties-{name}", ("topk", "drop"), dtype, 1, 2, 1, 30, budget="any", sink_keys=2, recent_keys=2, tied=True)
         for name, dtype in (("fp32", torch.float32), ("bf16", BF16))
@@ -467,82 +382,128 @@ SHAPES = [
         for kind in ("infinite", "nan", "most far below")
     ),
     # Blocks: of other sizes, chosen by other rows, with rows that attend all.
-    *(
-        Shape(name, ("block",), **{"queries": 150, "keys": 150, "head_dim": 32, "budget": 40, "blocks": blocks} | more)
-        for name, blocks, more in (
-            ("b32-g3", {"size": 32}, {"dtype": FP16, "group": 3, "head_dim": 96, "queries": 70, "keys": 101}),
-            ("b64-q128", {"size": 64, "query_block_size": 128}, {"dtype": BF16, "queries": 50, "keys": 190}),
-            ("b128", {"size": 128}, {"dtype": BF16, "queries": 100, "keys": 300, "budget": 130, "softcap": 3.0}),
-            ("blocks-left-padding", {}, {"batch": 2, "intervals": "padding", "queries": 90, "keys": 110}),
-            ("stride-1", {"sample_stride": 1, "query_block_size": 32}, {"queries": 70, "keys": 130}),
-            ("stride-by-the-law", {"sample_stride": None, "local_keys": 16}, {"kv_heads": 2, "group": 1}),
-            ("local-keys", {"sample_stride": None, "local_keys": 64}, {"queries": 110, "keys": 230, "budget": 170}),
-            ("local-keys-beyond-the-budget", {"local_keys": 100}, {"queries": 60, "keys": 230, "budget": 70}),
-            ("dense-rows", {"sample_stride": None, "local_keys": 64}, {"budget": 20, "dense_below": 100}),
-            (
-                "packed-dense-rows",
-                {"sample_stride": None, "local_keys": 16},
-                {"intervals": "packed", "budget": 20, "dense_below": 40},
-            ),
-            ("packed-blocks", {}, {"intervals": "packed", "budget": 20}),
-            ("sliding-blocks", {}, {"intervals": "sliding", "queries": 140, "keys": 170, "group": 1, "budget": 50}),
-            ("min-mass", {"min_mass": 0.9, "max_factor": 8.0}, {"queries": 90, "keys": 260, "budget": 33}),
-            ("min-mass-capped", {"min_mass": 0.99, "max_factor": 1.5}, {"keys": 300, "budget": 80}),
-            (
-                "min-mass-sliding",
-                {"min_mass": 0.97, "max_factor": 8.0},
-                {"keys": 300, "intervals": "sliding", "budget": 16},
-            ),
-            ("rows-that-attend-none", {}, {"intervals": "any", "budget": 1, "queries": 88, "keys": 88}),
-            ("equal-blocks", {}, {"group": 1, "queries": 20, "keys": 260, "budget": 80, "spoiled": "all equal"}),
-            ("nan-block", {}, {"group": 1, "intervals": "packed", "budget": "full", "spoiled": "nan"}),
-            ("infinite-block", {}, {"group": 1, "intervals": "packed", "budget": "full", "spoiled": "infinite"}),
-        )
-    ),
+    in_blocks("b32-g3", size=32, dtype=FP16, group=3, head_dim=96, queries=70, keys=101),
+    in_blocks("b64-q128", size=64, query_block_size=128, dtype=BF16, queries=50, keys=190),
+    in_blocks("b128", size=128, dtype=BF16, queries=100, keys=300, budget=130, softcap=3.0),
+    in_blocks("blocks-left-padding", batch=2, intervals="padding", queries=90, keys=110),
+    in_blocks("stride-1", sample_stride=1, query_block_size=32, queries=70, keys=130),
+    in_blocks("stride-by-the-law", sample_stride=None, local_keys=16, kv_heads=2, group=1),
+    in_blocks("local-keys", sample_stride=None, local_keys=64, queries=110, keys=230, budget=170),
+    in_blocks("local-keys-beyond-the-budget", local_keys=100, queries=60, keys=230, budget=70),
+    in_blocks("dense-rows", sample_stride=None, local_keys=64, budget=20, dense_below=100),
+    in_blocks("packed-dense-rows", sample_stride=None, local_keys=16, intervals="packed", budget=20, dense_below=40),
+    in_blocks("local-keys-nan", local_keys=64, queries=110, keys=230, budget=130, spoiled="nan"),
+    in_blocks("packed-blocks", intervals="packed", budget=20),
+    in_blocks("sliding-blocks", intervals="sliding", queries=140, keys=170, group=1, budget=50),
+    in_blocks("min-mass", min_mass=0.9, max_factor=8.0, queries=90, keys=260, budget=33),
+    in_blocks("min-mass-capped", min_mass=0.99, max_factor=1.5, keys=300, budget=80),
+    in_blocks("min-mass-sliding", min_mass=0.97, max_factor=8.0, keys=300, intervals="sliding", budget=16),
+    in_blocks("rows-that-attend-none", intervals="any", budget=1, queries=88, keys=88),
+    in_blocks("equal-blocks", group=1, queries=20, keys=260, budget=80, spoiled="all equal"),
+    in_blocks("nan-block", group=1, intervals="packed", budget="full", spoiled="nan"),
+    in_blocks("infinite-block", group=1, intervals="packed", budget="full", spoiled="infinite"),
     # Decoding: few queries, of sequences with one origin each.
-    *(
-        Shape(name, tuple(ways.split(", ")), **{"queries": 1, "keys": 130, "recent_keys": 2, "group": 3} | more)
-        for name, ways, more in (
-            ("decode", "codes, codes with means, pages", {}),
-            ("decode-bf16-g4", "codes, pages", {"dtype": BF16, "batch": 2, "kv_heads": 2, "group": 4}),
-            (
-                "decode-bf16-d80-g7-left-padding",
-                "codes, codes with means, pages",
-                {"dtype": BF16, "batch": 2, "group": 7, "head_dim": 80, "queries": 2, "intervals": "padding"},
-            ),
-            ("decode-fp16-d96-g1", "codes, pages", {"dtype": FP16, "group": 1, "head_dim": 96, "queries": 5}),
-            ("decode-d128-sinks", "codes, pages", {"head_dim": 128, "sinks": True, "softcap": 3.0, "queries": 2}),
-            ("sixteen-queries", "codes, pages", {"queries": 16, "group": 2, "budget": "per_head", "keys": 60}),
-            ("decode-d192", "codes, pages", {"head_dim": 192, "value_dim": 40, "group": 1}),
-            ("decode-bf16-d256", "codes", {"dtype": BF16, "head_dim": 256, "softcap": 5.0, "keys": 70}),
-            ("decode-ragged", "codes", {"batch": 2, "queries": 5, "intervals": "ragged", "budget": "any"}),
-            (
-                "decode-holes",
-                "codes, pages",
-                {"batch": 2, "queries": 3, "keys": 60, "intervals": "holes", "sinks": True},
-            ),
-            ("decode-sliding", "codes, codes with means, pages", {"queries": 5, "intervals": "sliding"}),
-            ("decode-cache", "pages", {"queries": 2, "intervals": "cache"}),
-            ("decode-static", "codes, pages", {"intervals": "static", "batch": 2}),
-            ("decode-full-budget", "codes, pages", {"budget": "full", "keys": 77}),
-            ("decode-forced-keys", "codes", {"sink_keys": 40, "recent_keys": 50, "budget": "any", "queries": 3}),
-            ("budget-of-one", "codes, pages", {"budget": 1}),
-            ("decode-columns-first", "codes, pages", {"queries": 2, "layout": "columns first"}),
-            ("wide-group", "pages", {"group": 19, "budget": 40}),
-            ("decode-ties", "codes", {"queries": 6, "group": 2, "kv_heads": 2, "budget": "per_head", "tied": True}),
-            ("pages-alike", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "pages alike"}),
-            ("equal-pages", "pages", {"queries": 2, "keys": 256, "budget": 112, "spoiled": "all equal"}),
-            *(
-                (
-                    f"decode-{kind}",
-                    "codes, pages" if kind == "nan" else "codes",
-                    {"group": 1, "queries": 3, "unequal": 0.0, "spoiled": kind},
-                )
-                for kind in [*SPOILED][:-1]
-            ),
-            ("p32", "pages", {"keys": 331, "blocks": {"size": 32}, "budget": 90}),
-            ("p64-transposed", "pages", {"keys": 350, "blocks": {"size": 64}, "budget": 130, "layout": "transposed"}),
-        )
+    decoded("decode", *INDEXED),
+    decoded("decode-bf16-g4", *KEPT, dtype=BF16, batch=2, kv_heads=2, group=4),
+    decoded(
+        "bf16-d80-g7-left-padding", *INDEXED, dtype=BF16, batch=2, group=7, head_dim=80, queries=2, intervals="padding"
     ),
+    decoded("decode-fp16-d96-g1", *KEPT, dtype=FP16, group=1, head_dim=96, queries=5),
+    decoded("decode-d128-sinks", *KEPT, head_dim=128, sinks=True, softcap=3.0, queries=2),
+    decoded("sixteen-queries", *KEPT, queries=16, group=2, budget="per_head", keys=60),
+    decoded("decode-d192", *KEPT, head_dim=192, value_dim=40, group=1),
+    decoded("decode-bf16-d256", "codes", dtype=BF16, head_dim=256, softcap=5.0, keys=70),
+    decoded("decode-ragged", "codes", batch=2, queries=5, intervals="ragged", budget="any"),
+    decoded("decode-holes", *KEPT, batch=2, queries=3, keys=60, intervals="holes", sinks=True),
+    decoded("decode-sliding", *INDEXED, queries=5, intervals="sliding"),
+    decoded("decode-cache", "pages", queries=2, intervals="cache"),
+    decoded("decode-static", *KEPT, intervals="static", batch=2),
+    decoded("decode-full-budget", *KEPT, budget="full", keys=77),
+    decoded("decode-forced-keys", "codes", sink_keys=40, recent_keys=50, budget="any", queries=3),
+    decoded("budget-of-one", *KEPT, budget=1),
+    decoded("decode-columns-first", *KEPT, queries=2, layout="columns first"),
+    decoded("wide-group", "pages", group=19, budget=40),
+    decoded("decode-ties", "codes", queries=6, group=2, kv_heads=2, budget="per_head", tied=True),
+    decoded("pages-alike", "pages", queries=2, keys=256, budget=112, spoiled="pages alike"),
+    decoded("equal-pages", "pages", queries=2, keys=256, budget=112, spoiled="all equal"),
+    decoded("nan-pages", "pages", group=1, queries=3, unequal=0.0, spoiled="nan"),
+    *(decoded(f"decode-{kind}", "codes", group=1, queries=3, unequal=0.0, spoiled=kind) for kind in [*SPOILED][:-1]),
+    decoded("p32", "pages", keys=331, size=32, budget=90),
+    decoded("p64-transposed", "pages", keys=350, size=64, budget=130, layout="transposed"),
 ]
 DESCRIBED = {f"{shape.name}-{way}": (shape, way) for shape in SHAPES for way in shape.ways}
+
+
+def random_case(
+    seed: object, longest: int = 150, dtype: torch.dtype | None = torch.float32, decode: bool = False, *,
+    queries: int = 1000, odd: bool = False, broken: bool = False, layouts: tuple[str, ...] = LAYOUTS[:1],
+) -> Case:  # fmt: skip
+    """A case in which everything may vary: lengths, heads, intervals, laws, ties, soft-cap, sinks, block options.
+
+    Every interval lies within its sequence.
+
+    Args:
+        longest, queries: at most so many keys and queries. dtype: any where it is None.
+        decode: each sequence has few queries, and is the only one of its row of the batch.
+        odd: sizes of none, large head dimensions and scores, and settings without measure are drawn too.
+        broken: with NaN and infinities in places. layouts: how tensors may lie in memory.
+    """
+    rng = random.Random(f"case {seed}")
+    pick = lambda plain, *other: rng.choice((*plain, *other) if odd else plain)  # noqa: E731
+    dtype = dtype or rng.choice((torch.float32, torch.bfloat16, torch.float16))
+    B = pick((1, 1, 2) if broken else (1, 1, 1, 2, 2, 3), *(0,) * (not broken))
+    Hkv, group = rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 3, 4, 5, 7, 8))
+    D = pick([rng.randint(1, 40) for _ in range(14)], *HEAD_DIMS)
+    Lk = min(longest, pick((1, 2, 15, 16, 17, 63, 64, 65, *(rng.randint(1, longest) for _ in range(20))), 0))
+    kinds = ("causal", "causal", "padding", "sliding", "any", "any", "empty", "both")
+    kind = rng.choice(kinds if decode else (*kinds, "packed"))
+    Lq = pick((1, Lk, *(rng.randint(1, max(1, Lk)) for _ in range(2))), *(0,) * (not decode))
+    if kind in ("any", "empty", "both"):
+        Lq = rng.choice((Lq, rng.randint(1, 40)))
+    Lq = min(max(Lq, 1), 32 if odd else 5, queries) if decode else min(Lq, queries)
+    places: dict[str, Sequence[int]] = {
+        "padding": [rng.randint(0, Lk) for _ in range(B)],
+        "sliding": (rng.randint(1, 60), 0 if decode else rng.choice((0, 0, rng.randint(0, 70)))),
+        "packed": sorted(rng.randrange(max(Lk, 1)) for _ in range(2)),
+        "both": (0, Lk),
+        "any": () if decode else (rng.choice((0, rng.randint(0, 40))),),
+    }
+    shape = Shape(
+        "random", (), dtype, B, Hkv, group, Lq, Lk, D, rng.choice((D, D, rng.randint(1, 24))),
+        intervals=(kind, *places.get(kind, ())), unequal=0.0, budget=1, sinks=rng.random() < 0.3,
+        softcap=0.0 if broken else pick((0.0, 0.0, 3.0), 50.0),
+        sink_keys=pick((4, 0, rng.randint(0, 5)), rng.randint(0, 20), 10**6),
+        recent_keys=pick((1, 0, rng.randint(0, 5)), 10**6),
+        blocks={
+            "size": pick((16, 32), *BLOCK_SIZES),
+            "query_block_size": rng.choice(QUERY_BLOCK_SIZES),
+            "sample_stride": rng.choice((None, None, *SAMPLE_STRIDES)),
+            "local_keys": pick((0, 0, 64, rng.randint(0, 260)), 10**6),
+            "min_mass": pick((None,), None, 0.5, 0.9),
+            "max_factor": pick((4.0,), 1.0, 1e300),
+        },
+    )  # fmt: skip
+    case = shape.case(rng.randrange(2**31))
+    case.exact = rng.random() < 0.5
+    for name in ("query", "key", "value"):
+        tensor, layout = getattr(case, name), rng.choice(layouts)
+        if case.exact:
+            tensor = (2 * tensor).round().clamp(-7, 7) / 2
+        for _ in range(rng.randint(0, 3) if broken and tensor.numel() else 0):
+            tensor[tuple(rng.randrange(size) for size in tensor.shape)] = rng.choice((torch.nan, torch.inf, -torch.inf))
+        # Equal keys tie, and with free values rounding would decide which of them come first.
+        setattr(case, name, tensor if layout == "expanded 2" and not case.exact else laid_out(tensor, layout))
+    if case.sinks is not None:
+        case.sinks = case.sinks.to(rng.choice((torch.float32, dtype))).repeat_interleave(2)[::2]
+    # Among broken values scores stay so small that no weight vanishes in float32.
+    case.scale = rng.choice((D**-0.5, 0.02)) if broken else pick((D**-0.5, D**-0.5, 0.125), 0.3, 1.0)
+    factor = lambda: pick((1.0, 2.0, 4.0, rng.uniform(0.1, 9.0)), 0.1, 1e-30, 1e30)  # noqa: E731
+    exponent = lambda: pick((0.0, 0.5, rng.random()), 1.0)  # noqa: E731
+    laws = [(factor(), exponent()) for _ in range(Hkv * group if rng.random() < 0.3 else 1)]
+    limits = {"min_keys": pick((1, 1, 1, rng.randint(1, 40)), 10**9)}
+    limits["dense_below"] = pick((0, 0, 0, rng.randint(0, 260)), 10**6)
+    budget = [[[budget_of(n, *law, **limits) for n in rows] for law in laws] for [rows] in case.rows.tolist()]
+    case.budget = torch.tensor(budget, dtype=torch.int32).view(B, len(laws), Lq)
+    alpha, C = (list(each) if len(laws) > 1 else each[0] for each in zip(*laws, strict=True))
+    case.law = {"alpha": alpha, "C": C, **limits}
+    return case

@@ -64,21 +64,13 @@ def device(small_tiles: None) -> str:
 
 
 # What takes longest, the longest first: begun last, one of them would keep one worker busy when the other is done.
-LONGEST = (
-    "test_interpreter",
-    "test_smollm2",
-    "test_gpu_check",
-    "test_ways",
-    "test_ways_compile",
-    "test_attention",
-    "test_wheel",
-    "test_eval_sweep",
-)
+LONGEST = ("interpreter", "smollm2", "gpu_check", "ways", "ways_compile", "attention", "wheel", "eval_sweep")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

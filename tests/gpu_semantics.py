@@ -145,28 +145,23 @@ def method(replacement: Callable[..., Any], plain: Callable[..., Any]) -> Callab
     return lambda *arguments, **options: replacement(plain, *arguments, **options)
 
 
-STATE = pytest.StashKey[GpuSemantics]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[STATE] = GpuSemantics(int(os.environ.get("GPU_SEMANTICS_SEED", "0")))
+# The plugin's.
+SEMANTICS = GpuSemantics(int(os.environ.get("GPU_SEMANTICS_SEED", "0")))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Runs a test as on a GPU. One that passes with findings fails; one that fails shows them beside its error."""
-    semantics = item.config.stash[STATE]
     try:
-        with semantics.active():
+        with SEMANTICS.active():
             yield
     except BaseException:
-        item.add_report_section("call", "gpu_semantics", "\n".join(semantics.take_findings()))
+        item.add_report_section("call", "gpu_semantics", "\n".join(SEMANTICS.take_findings()))
         raise
-    if findings := semantics.take_findings():
-        pytest.fail(f"As on a GPU, with seed {semantics.seed}:\n" + "\n".join(findings), pytrace=False)
+    if findings := SEMANTICS.take_findings():
+        pytest.fail(f"As on a GPU, with seed {SEMANTICS.seed}:\n" + "\n".join(findings), pytrace=False)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    semantics = config.stash[STATE]
-    ran = f"{semantics.launches} launches of {semantics.programs} programs"
-    terminalreporter.write_line(f"gpu_semantics: {ran}, seed {semantics.seed}")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ran = f"{SEMANTICS.launches} launches of {SEMANTICS.programs} programs"
+    terminalreporter.write_line(f"gpu_semantics: {ran}, seed {SEMANTICS.seed}")

@@ -2,13 +2,17 @@
 
 import multiprocessing.process
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
+
+from nc_patch.cli import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["eval_tasks.command"])
@@ -23,11 +27,9 @@ def start_call(
     return process
 
 
-def start(
-    arguments: list[str], said: Path, setup: Callable[[], None] | None = None, **environment: str
-) -> multiprocessing.process.BaseProcess:
+def start(arguments: list[str], said: Path, setup: Callable[[], None]) -> multiprocessing.process.BaseProcess:
     """Starts ``nc-patch ARGUMENTS``; what it says goes to the file ``said``; ``setup`` runs in it first."""
-    return start_call(_run, arguments, setup, said=said, **environment)
+    return start_call(_run, arguments, setup, said=said)
 
 
 def start_ranks(
@@ -55,6 +57,14 @@ def ended(home: Path, ranks: Sequence[multiprocessing.process.BaseProcess]) -> t
     return [process.exitcode for process in ranks], *((home / f"said{rank}").read_text() for rank in (0, 1))
 
 
+def python(*command: object, **options: Any) -> str:
+    """What ``python COMMAND`` says, with options of ``subprocess.run``; fails where that fails."""
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Waits until a condition holds; fails when it does not in time."""
     deadline = time.monotonic() + seconds
@@ -75,15 +85,11 @@ def _call(
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    import torch
-
     torch.set_num_threads(1)
     function(*arguments)
 
 
 def _run(arguments: list[str], setup: Callable[[], None] | None) -> None:
-    from nc_patch.cli import main
-
     if setup is not None:
         setup()
     code = main(arguments)

@@ -13,11 +13,11 @@ from nc_patch.calibration.measure import Plan
 LENGTHS = (128, 256, 512, 1024)
 
 
-def made_up_profile(layers: int = 3, heads: int = 4, windows: Sequence[int] = (0, 0, 0), seed: int = 0) -> Profile:
+def made_up_profile(windows: Sequence[int] = (0, 0, 0), seed: int = 0) -> Profile:
     """Head (m, h) needs ``scale * n^C`` keys, with a scale and a C of its own; cost is sensitivity times error."""
     generator = np.random.default_rng(seed)
-    C = np.linspace(0.1, 0.9, layers * heads).reshape(layers, heads)
-    scale = np.exp(generator.uniform(0.5, 2.0, (layers, heads)))
+    C = np.linspace(0.1, 0.9, 12).reshape(3, 4)
+    scale = np.exp(generator.uniform(0.5, 2.0, C.shape))
     keys = np.array(Plan(LENGTHS, 1, (0.05, 0.2)).keys, dtype=float)
     visible = np.array([[min(n, window or n) for window in windows] for n in LENGTHS], dtype=float)
     needed = scale * visible[..., None] ** C

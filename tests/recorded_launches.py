@@ -225,13 +225,9 @@ def name_of(launch: Launch, case: str) -> str:
 
 
 def library_modules() -> list[ModuleType]:
-    """Every module of the library but those that need vLLM."""
-    names = [module.name for module in pkgutil.walk_packages(nc_patch.__path__, "nc_patch.")]
-    return [
-        importlib.import_module(name)
-        for name in names
-        if not name.startswith("nc_patch.vllm.") and not name.endswith("__main__")
-    ]
+    """Every module of the library but those that need vLLM and the one that is a program."""
+    names = (module.name for module in pkgutil.walk_packages(nc_patch.__path__, "nc_patch."))
+    return [importlib.import_module(name) for name in names if not re.search(r"\.(vllm\.|__main__$)", name)]
 
 
 def library_kernels() -> set[Any]:

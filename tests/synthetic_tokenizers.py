@@ -19,33 +19,26 @@ CHAT_TEMPLATE = (
 @cache
 def tokenizer_of_kind(kind: str) -> PreTrainedTokenizerFast:
     """A tokenizer: byte-level BPE, BPE over marked words with a BOS token, or Unigram with a chat template."""
-    special = ["<s>", "</s>", "<unk>"]
     corpus = [python_reference()[0][:200_000], " ".join(english_words())]
-    trainer: trainers.Trainer
+    shared = {"special_tokens": ["<s>", "</s>", "<unk>"], "show_progress": False}
+    trainer: trainers.Trainer = trainers.BpeTrainer(vocab_size=6000, **shared)
     if kind == "byte_bpe":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=6000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        )
+        trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     elif kind == "bpe_with_bos":
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        trainer = trainers.BpeTrainer(vocab_size=6000, special_tokens=special, show_progress=False)
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     else:
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.normalizer = normalizers.NFKC()
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=4000, special_tokens=special, unk_token="<unk>", show_progress=False
-        )
+        trainer = trainers.UnigramTrainer(vocab_size=4000, unk_token="<unk>", **shared)
         corpus[0] = corpus[0][:60_000]
     random.Random(0).shuffle(corpus)
     tokenizer.train_from_iterator(corpus, trainer)
-    if kind == "bpe_with_bos":
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     if kind == "unigram_chat":
         found.chat_template = CHAT_TEMPLATE

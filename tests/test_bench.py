@@ -165,29 +165,6 @@ def test_after_the_deadline_no_case_begins(tmp_path, capsys):
     assert "nothing could be timed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("further", "message"),
-    [
-        (("--lengths", "1"), "lengths must be at least 2 tokens, got 1"),
-        (("--lengths", "64", "64"), "the length 64 is given twice"),
-        (("--batch", "0"), "must be at least 1, got 0"),
-        (("--selections", "dense"), "invalid choice: 'dense'"),
-        (("--alpha", "-1"), "alpha must be a positive number"),
-        (("--minutes", "0"), "--minutes must be a positive number, got 0.0"),
-        (("--device", "cuda"), "Use --device cpu"),
-        (("--set", "block_size=48"), "block_size must be one of"),
-        (("--set", "stride=4"), "unknown option stride"),
-        (("--set", "dense_below"), "must be OPTION=VALUE"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
-)
-def test_what_does_not_fit_is_refused_before_any_work(tmp_path, capsys, monkeypatch, further, message):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert bench("prefill", tmp_path / "out", *further) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(("deadline", "rounds"), [(float("inf"), 5), (0.0, 3)])
 def test_methods_have_their_turns_for_three_rounds_and_then_until_the_deadline(deadline, rounds):
     order = []

@@ -14,7 +14,7 @@ from hypothesis.stateful import initialize, invariant, precondition, rule, run_s
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
-from ways import SETTINGS, small
+from ways import SETTINGS, full, small
 
 from nc_patch import KeyIndex, forget_index, patch_model, unpatch_model
 from nc_patch.cache import KeyIndexMixin, layer_cache
@@ -281,3 +281,30 @@ def test_decoding_by_blocks_has_no_gradient_and_says_so():
     logits = model(ids[:, -1:], past_key_values=cache).logits
     with pytest.raises(RuntimeError, match=r"has no gradient. Train on whole sequences"):
         logits.sum().backward()
+
+
+def test_steps_have_the_gradient_of_a_query_whose_keys_have_none():
+    ids, found = random_ids(1, 60), []
+    for model in (tiny_model("llama"), full()):
+        weight, cache = model.model.layers[0].self_attn.q_proj.weight, DynamicCache()
+        model.requires_grad_(False)
+        weight.requires_grad_()
+        with torch.no_grad():
+            model(ids[:, :-3], past_key_values=cache)
+        sum(model(step, past_key_values=cache).logits.square().mean() for step in ids[:, -3:].split(1, 1)).backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_static_caches_are_reordered_outside_the_inference_mode_that_made_their_indexes():
+    found, ids, order = [], random_ids(2, 60), torch.tensor([1, 1])
+    for model in (small(key_index="never"), small(key_index="always")):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        with torch.no_grad():
+            model(ids[:, :1], past_key_values=cache)
+            cache.reset()
+            with torch.inference_mode():
+                model(ids[:, :-1], past_key_values=cache)
+            cache.reorder_cache(order)
+            found.append(model(ids[order, -1:], past_key_values=cache).logits)
+    torch.testing.assert_close(*found, atol=2e-5, rtol=0)

@@ -2,13 +2,11 @@
 
 import hashlib
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from processes import call_ranks, ended
-from tiny_models import FAMILIES, random_ids, tiny_model
+from tiny_models import FAMILIES, eager_weights, random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from ways import state_of
@@ -28,13 +26,11 @@ def test_rows_are_those_of_eager_attention(family):
     model, ids = tiny_model(family, num_hidden_layers=2), random_ids(128)
     plan = Plan(LENGTHS, 6, (0.05, 0.2))
     piece = measure_piece(model, ids.tolist(), plan)
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        attentions = model(ids[None], output_attentions=True).attentions
+    attentions = eager_weights(model, ids[None])
     for level, length in enumerate(LENGTHS):
         rows = plan.positions(length)
         for layer, attention in enumerate(attentions):
-            weights = attention[0][:, rows, : attention.shape[-1]].double()
+            weights = attention[0][:, rows]
             weights = weights / weights.sum(-1, keepdim=True)  # a learned sink takes its part
             assert piece.visible[level, layer].tolist() == (weights[0] > 0).sum(-1).tolist()
             mass = weights.sort(-1, descending=True).values.cumsum(-1)
@@ -109,25 +105,6 @@ def test_the_model_is_restored_when_a_pass_fails(monkeypatch, failure):
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=1, rows=6)
     assert state_of(model) == before
-
-
-def _one_rank(rank: int, directory: str) -> None:
-    torch.distributed.init_process_group("gloo")
-    if rank == 1:
-        measure.row_curves = None
-    try:
-        calibrate(tiny_model("llama"), None, [IDS], LENGTHS, pieces=3, rows=6)
-    except (ProfileError, TypeError) as error:
-        Path(directory, f"error{rank}").write_text(str(error), encoding="utf-8")
-    torch.distributed.destroy_process_group()
-
-
-def test_when_one_process_fails_the_other_says_so_and_ends(tmp_path):
-    ranks = call_ranks(tmp_path, _one_rank, [(rank, str(tmp_path)) for rank in range(2)])
-    codes, said, _ = ended(tmp_path, ranks)
-    assert codes == [0, 0], said
-    assert "process 1: TypeError" in (tmp_path / "error0").read_text()
-    assert "not callable" in (tmp_path / "error1").read_text()
 
 
 class LargestTensor(TorchDispatchMode):

@@ -5,28 +5,25 @@ import pandas as pd
 import pytest
 from processes import ended, start_ranks
 from profiles import made_up_profile
-from tiny_sweep import save_tiny_model, sweep_arguments, tiny_text
+from tiny_sweep import sweep_arguments, tiny_files
 
+from eval_tasks.calibrate_command import layer_table, profile_findings
 from eval_tasks.matching import Budgets, total_of
 from eval_tasks.methods import METHODS, budget_at
-from eval_tasks.profile_report import layer_table, profile_findings
 from eval_tasks.store import read_rows, read_run
 from nc_patch import NCConfig, Profile
+from nc_patch.calibration import measure
 from nc_patch.cli import main
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("calibrate")
-    save_tiny_model(home / "model")
-    (home / "text.txt").write_text(tiny_text(2000), encoding="utf-8")
-    return home
+    return tmp_path_factory.mktemp("calibrate")
 
 
 def arguments(home, out, *further):
-    shared = ["--model", str(home / "model"), "--text", str(home / "text.txt"), "--out", str(home / out)]
-    sizes = ["--lengths", "32", "64", "128", "--pieces", "3", "--rows", "4", "--device", "cpu"]
-    return ["calibrate", *shared, *sizes, *further]
+    sizes = "--lengths 32 64 128 --pieces 3 --rows 4 --device cpu"
+    return ["calibrate", *tiny_files(home), "--out", str(home / out), *sizes.split(), *further]
 
 
 @pytest.fixture(scope="module")
@@ -62,30 +59,21 @@ def test_the_heads_that_are_not_sparse_are_named():
     assert named == [np.flatnonzero(~heads).tolist() for heads in profile.is_sparse()]
 
 
-@pytest.mark.parametrize(
-    ("further", "message"),
-    [
-        (("--lengths", "64"), "at least two different numbers of tokens"),
-        (("--fraction", "2"), "fraction must be a number"),
-        (("--fraction", "0.1", "--at", "0"), "n must be at least 1, got 0"),
-        (("--at", "64"), "--at and --dense-below say how the budget of --fraction is counted"),
-        (("--fraction", "0.1", "--dense-below", "64"), "attend 0.432 of all keys, and --fraction is 0.1"),
-        (("--dense-layers", "9"), "dense_layers must be a list of layers from 0 to 2"),
-        (("--text", "no-such-text"), "no text named 'no-such-text'"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_any_work_where_it_can_be(home, capsys, monkeypatch, further, message):
-    if "attend" not in message:  # which the profile shows
-        monkeypatch.setattr("nc_patch.calibration.measure.row_curves", None)
-    assert main(arguments(home, "refused", *further)) == 2
-    assert message in capsys.readouterr().err
-    assert not list(home.glob("refused/*"))
-
-
 def test_two_processes_find_what_one_does(home, calibrated):
     codes, said, _ = ended(home, start_ranks(home, [arguments(home, "two")] * 2))
     assert codes == [0, 0], said
     assert Profile.load(home / "two" / "profile.json") == Profile.load(calibrated)
+
+
+def _without_curves():
+    measure.row_curves = None
+
+
+def test_when_one_process_fails_the_other_says_so_and_ends(home):
+    codes, *said = ended(home, start_ranks(home, [arguments(home, "failed")] * 2, (None, _without_curves)))
+    assert codes == [2, 1], said
+    assert "because another process failed: process 1: TypeError" in said[0]
+    assert "not callable" in said[1]
 
 
 @pytest.mark.parametrize("match", ["deploy", "scored", "total"])
@@ -106,26 +94,9 @@ def test_the_method_profile_attends_as_many_keys_as_the_others(tmp_path, match):
 
 def test_a_sweep_measures_a_profile_and_keeps_it_apart_from_others(home, calibrated, capsys):
     Profile.load(calibrated).at_mass(0.5).save(home / "changed.json")
-    sweep = lambda file: sweep_arguments(  # noqa: E731
-        home, home / "sweep", "--profile", str(file), "--methods", "dense", "nc-topk"
-    )
-    assert main(sweep(calibrated)) == 0
+    sweep = sweep_arguments(home, home / "sweep", "--methods", "dense", "nc-topk", "--profile")
+    assert main([*sweep, str(calibrated)]) == 0
     assert {row["method"] for row in read_rows(home / "sweep")} == {"dense", "nc-topk", "profile"}
     assert read_run(home / "sweep")["identity"]["methods"] == ["dense", "nc-topk", "profile"]
-    assert main(sweep(home / "changed.json")) == 2
+    assert main([*sweep, str(home / "changed.json")]) == 2
     assert "profile was" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("further", "message"),
-    [
-        (("--profile", "/no/such/file"), "the profile /no/such/file cannot be read"),
-        (("--match", "iso", "--profile", "PATH"), "profile gives each head its own budget, which --match iso"),
-        (("--profile", "OTHER"), "is for 2 layers of 4 query heads"),
-    ],
-)
-def test_profiles_that_a_sweep_cannot_take_are_refused(home, calibrated, capsys, tmp_path, further, message):
-    made_up_profile(layers=2, windows=(0, 0)).save(tmp_path / "other.json")
-    known = {"PATH": str(calibrated), "OTHER": str(tmp_path / "other.json")}
-    assert main(sweep_arguments(home, home / "refused", *(known.get(word, word) for word in further))) == 2
-    assert message in capsys.readouterr().err

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import KINDS, WAYS, Case, random_case
+from attention_cases import HARD, WAYS, Case, Shape, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import problem_of_case
@@ -35,7 +35,7 @@ def run(case: Case, way: str, value: torch.Tensor) -> AttentionResult:
 @given(
     st.integers(0, 10**6),
     st.sampled_from([way for way in WAYS if way not in ("dense", "block")]),
-    st.sampled_from([None, *KINDS]),
+    st.sampled_from([None, *HARD.values()]),
 )
 def test_bounds_hold_the_truth_and_are_narrow_in_prefill(seed, way, kind):
     decode = WAYS[way].index is not None or kind is not None
@@ -44,8 +44,9 @@ def test_bounds_hold_the_truth_and_are_narrow_in_prefill(seed, way, kind):
     length = case.key.shape[2]
     # Under values of one key each, the output shows what is attended, whichever operation ran.
     ones = torch.eye(length).expand(*case.key.shape[:2], length, length)
-    # Means of pages would show what they stand for too: the same keys are attended where they are left out.
-    attended = run(case, WITHOUT_MEANS.get(way, way), ones).output
+    # Means of pages would show what they stand for too, and sinks leave nothing to show; without them the same keys are
+    # attended.
+    attended = run(replace(case, sinks=None), WITHOUT_MEANS.get(way, way), ones).output
     true = reference_attention(problem_of_case(case), attended > 0).kept_mass
     lower, upper = certified_bounds(run(case, way, ones), problem_of_case(case)).double().unbind(-1)
     assert bool((lower <= true + 1e-12).all()), float((lower - true).max())
@@ -57,15 +58,11 @@ def test_bounds_hold_the_truth_and_are_narrow_in_prefill(seed, way, kind):
 
 
 def test_what_is_attended_whole_is_certain_to_be_whole_and_a_nan_never_to_be_kept():
-    case = random_case(4)
-    case.budget = (case.visible[..., 1] - case.visible[..., 0]).clamp(min=0)[:, None]
+    case = Shape("whole", intervals="ragged", budget="full").case()
     for way in ("drop", "window"):
         assert bool((certified_bounds(run(case, way, case.value), problem_of_case(case)) == 1).all())
-    case = random_case(4, decode=True)
-    n = case.visible[..., 1] - case.visible[..., 0]
-    assert int(n.min()) > 8
-    case.budget = torch.full_like(n[:, None], 6)
-    case.key[:, :, int(case.visible[0, 0, 1]) - 4] = torch.nan
+    case = Shape("broken", queries=3, keys=60, budget=6).case()
+    case.key[:, :, 50] = torch.nan
     for way in ("drop", "codes", "window"):
         lower, upper = certified_bounds(run(case, way, case.value), problem_of_case(case))[0].unbind(-1)
         assert bool((lower == 0).all() and (upper == 1).all()), way

@@ -1,15 +1,12 @@
 """The command line: exit codes and messages, all before any work; what a run needs at its end is there as it begins."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from tiny_sweep import sweep_arguments
+from processes import python
+from tiny_sweep import sweep_arguments, tiny_files
 
-from eval_tasks import calibrate_command, fidelity_command, sweep
-from eval_tasks.bench import command
 from eval_tasks.methods import METHODS
 from eval_tasks.tasks import TASKS
 from nc_patch import __version__
@@ -31,68 +28,95 @@ def test_help_lists_and_the_version_are_printed(capsys):
         assert [word for word in words if word not in said] == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "usage: nc-patch"),
-        (["evaluate"], "invalid choice: 'evaluate' (choose from"),
-        (["eval"], "required: --out"),
-        (["eval", "--out", "file"], "is a file; give a directory"),
-        (["eval", "--out", "file/out"], "cannot be written"),
-        (["report", "."], "holds no measurements"),
-    ],
-)
-def test_commands_without_what_they_need_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    assert main(sweep_arguments(tmp_path, arguments[2]) if len(arguments) == 3 else arguments) == 2
-    assert message in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where the tiny model lies."""
+    return tmp_path_factory.mktemp("home")
+
+
+# What only the loaded model shows, when --out is there already.
+SHOWN_BY_THE_MODEL = ("does not run on this model and device", "is for 2 layers of 4 query heads")
 
 
 @pytest.mark.parametrize(
-    ("further", "message"),
+    ("line", "message"),
     [
-        (("--model", "/no/such/model"), "no model at /no/such/model"),
-        (("--model", "nobody/no-such-model"), "nobody/no-such-model is no directory here"),
-        (("--text", "no-such-text"), "no text named 'no-such-text'"),
-        (("--lengths", "48", "1024"), "length 1,024 is beyond the 512 positions"),
-        (("--lengths", "8"), "length 8 is too short for the task recall"),
-        (("--lengths", "48", "48"), "48 is given twice"),
-        (("--samples", "99"), "the text has 2,000 tokens; 99 samples of up to 96 tokens need 14,652"),
-        (("--alpha", "-1"), "alpha must be a positive number"),
-        (("--C", "1.5"), "C must be a number in [0, 1]"),
-        (("--equal-at", "1"), "equal_at must be a length of at least 2"),
-        (("--device", "abacus"), "device must be auto, cpu, cuda"),
-        (("--methods", "magic"), "unknown method 'magic'; allowed are dense, window"),
-        (("--methods", "fixed-topk@64"), "chosen by --match iso"),
-        (("--methods", "dense", "--match", "iso"), "name one, for example fixed-topk"),
-        (("--methods", "kvpress:SnapKVPress", "--match", "iso"), "which --match iso cannot set; leave it out"),
-        (("--methods", "kvpress:SnapKVPress"), "--phase question"),
-        (("--iso-keys", "96", "--match", "iso"), "(96) holds all keys of every length (48 96)"),
-        (("--match", "luck"), "invalid choice: 'luck'"),
-        (("--tasks", "juggling"), "invalid choice: 'juggling' (choose from"),
-        (("--methods", "profile"), "--profile FILE, from nc-patch calibrate"),
-        (("--seed", "-1"), "at least 0"),
-        (("--samples", "0"), "at least 1"),
-        (("--dtype", "int8"), "invalid choice: 'int8'"),
-        (("--device", "cuda"), "torch sees 0 GPUs"),
+        ("", "usage: nc-patch"),
+        ("evaluate", "invalid choice: 'evaluate' (choose from"),
+        ("report .", "holds no measurements"),
+        ("bench decode", "required: --out"),
+        ("eval --out file", "is a file; give a directory"),
+        ("eval --out file/out", "cannot be written"),
+        ("eval --model /no/such/model", "no model at /no/such/model"),
+        ("eval --model nobody/no-such-model", "nobody/no-such-model is no directory here"),
+        ("eval --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
+        ("eval --text no-such-text", "no text named 'no-such-text'"),
+        ("eval --lengths 48 1024", "length 1,024 is beyond the 512 positions"),
+        ("eval --lengths 8", "length 8 is too short for the task recall"),
+        ("eval --lengths 48 48", "48 is given twice"),
+        ("eval --samples 99", "the text has 2,000 tokens; 99 samples of up to 96 tokens need 14,652"),
+        ("eval --samples 0", "at least 1"),
+        ("eval --seed -1", "at least 0"),
+        ("eval --alpha -1", "alpha must be a positive number"),
+        ("eval --C 1.5", "C must be a number in [0, 1]"),
+        ("eval --equal-at 1", "equal_at must be a length of at least 2"),
+        ("eval --device abacus", "device must be auto, cpu, cuda"),
+        ("eval --device cuda", "torch sees 0 GPUs"),
+        ("eval --dtype int8", "invalid choice: 'int8'"),
+        ("eval --methods magic", "unknown method 'magic'; allowed are dense, window"),
+        ("eval --methods fixed-topk@64", "chosen by --match iso"),
+        ("eval --methods dense --match iso", "name one, for example fixed-topk"),
+        ("eval --methods kvpress:SnapKVPress --match iso", "which --match iso cannot set; leave it out"),
+        ("eval --methods kvpress:SnapKVPress", "--phase question"),
+        ("eval --methods profile", "--profile FILE, from nc-patch calibrate"),
+        ("eval --profile /no/such/file", "the profile /no/such/file cannot be read"),
+        (f"eval --match iso --profile {PROFILE}", "profile gives each head its own budget, which --match iso"),
+        (f"eval --profile {PROFILE}", SHOWN_BY_THE_MODEL[1]),
+        ("eval --backend triton", SHOWN_BY_THE_MODEL[0]),
+        ("eval --iso-keys 96 --match iso", "(96) holds all keys of every length (48 96)"),
+        ("eval --match luck", "invalid choice: 'luck'"),
+        ("eval --tasks juggling", "invalid choice: 'juggling' (choose from"),
+        ("fidelity --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
+        ("fidelity --methods dense", "dense is no sparse attention of this package"),
+        ("fidelity --methods kvpress:SnapKVPress", "kvpress:SnapKVPress is no sparse attention of this package"),
+        ("fidelity --lengths 32", "between 64 and the 32 tokens"),
+        ("calibrate --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
+        ("calibrate --lengths 64", "at least two different numbers of tokens"),
+        ("calibrate --fraction 2", "fraction must be a number"),
+        ("calibrate --fraction 0.1 --at 0", "n must be at least 1, got 0"),
+        ("calibrate --at 64", "--at and --dense-below say how the budget of --fraction is counted"),
+        ("calibrate --lengths 64 128 --fraction 0.1 --dense-below 64", "of all keys, and --fraction is 0.1"),
+        ("calibrate --dense-layers 9", "dense_layers must be a list of layers from 0 to 2"),
+        ("calibrate --text no-such-text", "no text named 'no-such-text'"),
+        ("demo --alpha -1", "alpha must be a positive number"),
+        ("demo --tokens 100000000", "has 2,000 tokens, and --tokens asks for 100,000,000"),
+        ("demo --text no-such-text", "no text named 'no-such-text'"),
+        ("bench prefill --lengths 1", "lengths must be at least 2 tokens, got 1"),
+        ("bench prefill --lengths 64 64", "the length 64 is given twice"),
+        ("bench prefill --batch 0", "must be at least 1, got 0"),
+        ("bench prefill --selections dense", "invalid choice: 'dense'"),
+        ("bench prefill --alpha -1", "alpha must be a positive number"),
+        ("bench prefill --minutes 0", "--minutes must be a positive number, got 0.0"),
+        ("bench prefill --device cuda", "Use --device cpu"),
+        ("bench prefill --set block_size=48", "block_size must be one of"),
+        ("bench prefill --set stride=4", "unknown option stride"),
+        ("bench prefill --set dense_below", "must be OPTION=VALUE"),
     ],
-    ids=" ".join,
 )
-def test_what_does_not_fit_is_refused_before_any_work(tmp_path, capsys, monkeypatch, further, message):
+def test_what_does_not_fit_is_refused_before_any_work(home, tmp_path, capsys, monkeypatch, line, message):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    out = tmp_path / "out"
-    assert main(sweep_arguments(tmp_path, out, *further)) == 2
-    assert message in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_a_backend_that_needs_a_gpu_is_refused_on_the_cpu_before_any_work(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    out = tmp_path / "out"
-    assert main(sweep_arguments(tmp_path, out, "--backend", "triton")) == 2
-    assert "does not run on this model and device" in capsys.readouterr().err
-    assert (out / "results.jsonl").read_bytes() == b""
+    monkeypatch.setattr("nc_patch.calibration.measure.row_curves", None)
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    command, out = line.partition(" --")[0], tmp_path / "out"
+    files, where = [*tiny_files(home), "--device", "cpu"], ["--out", str(out)]
+    sound = {"eval": sweep_arguments(home, out)[1:], "demo": files, "bench prefill": where}
+    sound |= dict.fromkeys(("fidelity", "calibrate"), files + where)
+    assert main([*command.split(), *sound.get(command, ()), *line.removeprefix(command).split()]) == 2
+    assert message in capsys.readouterr().err
+    assert out.exists() == (command in ("fidelity", "calibrate") or message in SHOWN_BY_THE_MODEL)
+    assert not any(path.stat().st_size for path in out.glob("*"))
 
 
 @pytest.mark.parametrize(
@@ -105,16 +129,13 @@ def test_a_backend_that_needs_a_gpu_is_refused_on_the_cpu_before_any_work(tmp_pa
     ],
 )
 def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(name, file, tmp_path, capsys, monkeypatch):
-    for module, measures in (
-        *((sweep, "_measure_all"), (fidelity_command, "fidelity"), (calibrate_command, "calibrate")),
-        (command, "_measure"),
-    ):
-        monkeypatch.setattr(module, measures, None)
+    for measures in ("sweep._measure_all", "fidelity_command.fidelity", "calibrate_command.calibrate"):
+        monkeypatch.setattr(f"eval_tasks.{measures}", None)
+    monkeypatch.setattr("eval_tasks.bench.command._measure", None)
     (tmp_path / "out" / file).mkdir(parents=True)
-    eval_command = sweep_arguments(tmp_path, tmp_path / "out")
-    bench_command = ["bench", "decode", "--device", "cpu", "--out", str(tmp_path / "out")]
-    others = {"eval": eval_command, "bench": bench_command}
-    assert main(others.get(name, [name, "--device", "cpu", *eval_command[1:7]])) == 2
+    sound = {"eval": sweep_arguments(tmp_path, tmp_path / "out")[1:], "bench": ["decode"]}
+    given = [*sound.get(name, tiny_files(tmp_path)), "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([name, *given]) == 2
     assert f"cannot be written: {file} is a directory. Give another" in capsys.readouterr().err
 
 
@@ -133,7 +154,7 @@ import nc_patch
 nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()
 loaded("eval_tasks")
 del sys.modules["scipy"]
-import eval_tasks.report, eval_tasks.profile_report
+import eval_tasks.report, eval_tasks.calibrate_command
 from eval_tasks.figures import Figure, to_png, to_svg
 before = set(sys.modules)
 figure = Figure()
@@ -144,5 +165,4 @@ loaded("matplotlib", before)
 
 
 def test_a_profile_needs_neither_scipy_nor_the_harness_and_a_report_nothing_more_of_matplotlib_when_it_is_drawn():
-    done = subprocess.run([sys.executable, "-c", NEEDS], capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout.split() == ["[]"] * 2, done.stdout + done.stderr
+    assert python("-c", NEEDS).split() == ["[]"] * 2

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from profiles import made_up_profile
 
 from nc_patch import KeyIndex, NCConfig, selections, sparse_attention
-from nc_patch.budget import _laws, budget_of, budgets, law_values, row_budgets
-from nc_patch.common import as_integer, as_number
+from nc_patch.budget import _laws, budget_of, budgets, row_budgets
 from nc_patch.selections import Window
 
 NAN, INF = math.nan, math.inf
@@ -55,13 +54,9 @@ REFUSED = [
     (law, {"backend": "x"}, ValueError, "backend must be one of 'auto', 'triton', 'cpu', 'torch', got 'x'"),
     (law, {"on_drop": "stop"}, ValueError, "on_drop must be one of 'ignore', 'warn', 'raise', 'dense', got 'stop'"),
     (law, {"max_dropped_mass": "0.1"}, TypeError, "max_dropped_mass must be a number in .* got '0.1'"),
-    (law, {"sink_keys": -1}, ValueError, "sink_keys must be at least 0, got -1"),
-    (law, {"min_keys": 0}, ValueError, "min_keys must be at least 1, got 0"),
     (law, {"block_size": 48}, ValueError, "block_size must be one of 16, 32, 64, 128, got 48"),
     (law, {"query_block_size": 16}, ValueError, "query_block_size must be one of 32, 64, 128, got 16"),
-    (law, {"local_keys": -1}, ValueError, "local_keys must be at least 0, got -1"),
     *((law, {"local_keys": x}, TypeError, f"local_keys must be an integer, got {x}") for x in (1.5, None)),
-    (law, {"sample_stride": 0}, ValueError, "sample_stride must be at least 1, got 0"),
     (law, {"sample_stride": 5}, ValueError, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 5"),
     (law, {"min_mass": 1.0}, ValueError, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
     (law, {"max_factor": Decimal("nan")}, ValueError, "max_factor must be a number of at least 1, got "),
@@ -168,15 +163,6 @@ def test_the_repr_says_what_differs_from_the_defaults_and_stays_short():
 
 THREES = (3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor(3, dtype=torch.int8))
 HALVES = (0.5, np.float16(0.5), np.array(0.5), torch.tensor(0.5, dtype=torch.bfloat16), Fraction(1, 2), Decimal("0.5"))
-NO_INTEGERS = (True, np.True_, torch.tensor(True), 3.0, np.float64(3), torch.tensor(3.0), "3", None, 1j, [3])
-NO_NUMBERS = (True, np.False_, torch.tensor(True), "0.5", None, 1j, np.complex64(1), [0.5], object())
-
-
-def test_integers_numbers_and_truth_values_of_any_library_become_those_of_python():
-    assert {(as_integer(three), type(as_integer(three)), as_number(three)) for three in THREES} == {(3, int, 3)}
-    assert {(as_number(half), type(as_number(half))) for half in HALVES} == {(0.5, float)}
-    assert {as_integer(value) for value in NO_INTEGERS} == {as_number(value) for value in NO_NUMBERS} == {None}
-    assert {law(track=true).track for true in (np.True_, torch.tensor(True))} == {True}
 
 
 @pytest.mark.parametrize(("three", "half"), list(zip(THREES, HALVES, strict=True)), ids=repr)
@@ -186,6 +172,7 @@ def test_a_setting_and_an_argument_may_be_a_number_of_any_library(three, half):
         return NCConfig(half, half, **whole, min_mass=half, max_dropped_mass=half, max_factor=three, track=true)
 
     config, plain = settings_of(three, half, np.True_), settings_of(3, 0.5, True)
+    assert settings_of(3, 0.5, torch.tensor(True)) == plain
     assert (config, config.to_json(), config.budget(three)) == (plain, plain.to_json(), plain.budget(3))
     query, key = torch.randn(1, 2, 9, 4), torch.randn(1, 1, 40, 8)
     expected = sparse_attention(query, query, query, alpha=2.0, scale=0.5, softcap=0.5)
@@ -236,9 +223,6 @@ def test_all_ways_to_a_budget_agree(dense_below, min_keys):
         assert [config.budget(i) for i in n.tolist()] == expected, law
         assert by_head.budget(n, 0, head).tolist() == expected, law
         assert config.row_budgets(visible, int(n.max()))[0, 0].tolist() == expected, law
-        raw = law_values(n.numpy(), alpha, C)
-        sure = (np.abs(raw - np.rint(raw)) > 1e-9 * raw) | (n.numpy() <= dense_below)
-        assert (budgets(n.numpy(), *law) == expected)[sure].all(), law
 
 
 @pytest.mark.parametrize("dense_below", [0, 1, 63, 200, 1000])
@@ -252,10 +236,7 @@ def test_the_largest_budget_is_that_of_the_most_expensive_length(dense_below):
 
 def test_budgets_of_many_heads_and_of_huge_n_are_exact():
     draw = np.random.default_rng(0)
-    squares, fractions = (
-        draw.integers(1, 46340, 300),
-        [Fraction(1, 1), Fraction(2, 1), Fraction(5, 8), Fraction(300, 1)],
-    )
+    squares, fractions = draw.integers(1, 46340, 300), [Fraction(1), Fraction(2), Fraction(5, 8), Fraction(300)]
     n = np.concatenate([squares**2 + off for off in (-1, 0, 1)] + [draw.integers(1, 2**31, 300), [0, 2**31 - 1]])
     visible = torch.from_numpy(np.stack((np.zeros_like(n), n), -1)).int()[None]
     found = row_budgets(visible, 2**31 - 1, [float(f) for f in fractions], [0.5] * 4, 1)
@@ -281,9 +262,3 @@ def test_the_function_attends_by_the_law_alone_unless_it_is_told(dense_with_few_
     attended = lambda **given: sparse_attention(query, key, key, alpha=2.0, C=0.5, return_stats=True, **given).attended  # noqa: E731
     assert attended()[0, 0, 15:25].tolist() == [8, 9, 9, 9, 9, 10, 10, 10, 10, 10]
     assert attended(dense_below=20)[0, 0, 15:25].tolist() == [16, 17, 18, 19, 20, 10, 10, 10, 10, 10]
-
-
-def test_dense_laws_are_recognised():
-    laws = ((NCConfig(1.0, 1.0), None), (NCConfig(0.5, 0.5, dense_layers=[3]), 3), (NCConfig([1.0, 0.5], 1.0), 0))
-    assert [config.is_dense(layer) for config, layer in laws] == [True] * 3
-    assert [NCConfig(0.5, 1.0).is_dense(), NCConfig(5.0, 0.9).is_dense()] == [False] * 2

@@ -37,16 +37,3 @@ def test_a_real_model_answers_twice(capsys):
     shares = said.split("keys read")[1].split("by the prompt")[0]
     assert 20 < int(shares.strip().removesuffix("%")) < 100
     assert "perplexity" in said.split("keys read")[1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--alpha", "-1"], "alpha"),
-        (["--tokens", "100000000"], "--tokens asks for 100,000,000"),
-        (["--text", "no such text"], "no such text"),
-    ],
-)
-def test_bad_input_is_refused_by_name(arguments, message, capsys):
-    assert main(["demo", *arguments]) == 2
-    assert message in capsys.readouterr().err

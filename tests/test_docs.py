@@ -20,12 +20,7 @@ from nc_patch.config import option_owners
 from nc_patch.selections import Selection, base
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    path
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md"))
-    if not path.name.startswith(".")
-)
-NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
+PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")})
 
 
 def text_of(page):
@@ -39,7 +34,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", NAMES)
+@pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in PAGES])
 def test_every_relative_link_and_every_script_or_test_that_is_named_leads_somewhere(page):
     named = re.findall(r"\b((?:scripts|tests|examples)/[\w/]+\.(?:py|sh|md))\b", (ROOT / page).read_text())
     broken = [name for name in named if not (ROOT / name).exists()]

@@ -19,7 +19,7 @@ from eval_tasks.models import load_model
 from eval_tasks.presses import Press, find_press
 from eval_tasks.store import read_rows, read_run
 from eval_tasks.synthetic import GENERATORS, synthesize
-from eval_tasks.synthetic.fitting import tokens_of
+from eval_tasks.synthetic.sample import tokens_of
 from eval_tasks.tasks import TASKS, Layout, tokenise
 from nc_patch import NCConfig, patched
 from nc_patch.cli import main

@@ -10,7 +10,7 @@ import pytest
 import reproduce_paper
 import torch
 from scipy import integrate, stats
-from tiny_models import random_ids, tiny_model
+from tiny_models import eager_weights, random_ids, tiny_model
 
 from eval_tasks.errors import EvalError
 from eval_tasks.paper import model, synthetic
@@ -109,9 +109,7 @@ def test_counts_and_losses_of_a_layer_are_those_of_its_exact_weights() -> None:
     assert positions.tolist() in ([74, 76, 79], [74, 77, 79])
     law = Law("2 n^0.5", 2.0, 0.5)
     counts, lost = model.count_keys(captured, positions), model.losses(captured, positions, [law]).loc[law.name]
-    tiny.set_attn_implementation("eager")
-    with torch.inference_mode():
-        every = tiny(ids, output_attentions=True).attentions[1][0].double()
+    every = eager_weights(tiny, ids)[1][0]
     value = captured.value[0].double().repeat_interleave(2, 0)
     for row, position in enumerate(positions.tolist()):
         n, k, found = position + 1, int(law.mean(position + 1)), counts.xs(row, level="row")

@@ -8,8 +8,17 @@ from test_eval_report import row as made_up_row
 from test_eval_report import run_of
 
 from eval_tasks.errors import EvalError
-from eval_tasks.provenance import check_same, record_session
-from eval_tasks.store import RESULTS, RUN, append_row, claimed, read_rows, read_run, write_atomically
+from eval_tasks.store import (
+    RESULTS,
+    RUN,
+    append_row,
+    check_same,
+    claimed,
+    read_rows,
+    read_run,
+    record_session,
+    write_atomically,
+)
 
 DETAILS = run_of(model="m")
 IDENTITY = DETAILS.pop("identity")

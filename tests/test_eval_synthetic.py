@@ -9,9 +9,8 @@ from synthetic_tokenizers import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
 
 from eval_tasks.errors import EvalError
 from eval_tasks.synthetic import GENERATORS, chat, synthesize
-from eval_tasks.synthetic.fitting import fill
 from eval_tasks.synthetic.haystack import NOISE, load_prose, noise
-from eval_tasks.synthetic.sample import DEPTHS
+from eval_tasks.synthetic.sample import DEPTHS, fill
 
 NEEDLES = tuple(name for name in GENERATORS if name.startswith("niah_"))
 

@@ -13,25 +13,17 @@ from eval_tasks.tasks import TASKS, Layout, ascending, check_lengths, passage_st
 from eval_tasks.texts import load_text, reflow
 
 LAYOUT = Layout(lengths=(64, 100, 257), samples=3, scored=20, passage=24, seed=5)
-WRAPPED = """\
-The extended form of the statement is equivalent to another, longer,
-one that follows here, in which a hyphen breaks a word, such as quote-
+# With the breaks left out that the writer put in to wrap lines.
+WRITTEN = """\
+The extended form of the statement is equivalent to another, longer,{}\
+one that follows here, in which a hyphen breaks a word, such as quote-{}\
 delimited words.
 
    if __debug__:
        if not expression: raise AssertionError
 
-* a list item that is so long that it had to be wrapped by the writer
-  of the page
-* another item"""
-REFLOWED = """\
-The extended form of the statement is equivalent to another, longer, one that follows here, in which a hyphen breaks \
-a word, such as quote-delimited words.
-
-   if __debug__:
-       if not expression: raise AssertionError
-
-* a list item that is so long that it had to be wrapped by the writer of the page
+* a list item that is so long that it had to be wrapped by the writer{}\
+of the page
 * another item"""
 
 
@@ -41,7 +33,7 @@ def test_the_python_reference_is_the_same_every_time_and_its_lines_are_whole():
     assert text.sha256 == hashlib.sha256(text.content.encode()).hexdigest()
     assert "Assert statements are a convenient way to insert debugging assertions into a program:" in text.content
     assert len(text.content) > 300_000
-    assert reflow(WRAPPED) == REFLOWED
+    assert reflow(WRITTEN.format("\n", "\n", "\n  ")) == WRITTEN.format(" ", "", " ")
 
 
 def test_files_and_data_sets_of_local_files_are_read_as_they_are(tmp_path):

@@ -69,12 +69,6 @@ def places(count: int, wanted: int) -> list[int]:
     return sorted({*range(1, count + 1, max(1, count // wanted)), count})
 
 
-def crop_layers(cache: DynamicCache, length: int) -> None:
-    """What the message of ``BrokenCacheError`` says."""
-    for layer in cache.layers:
-        layer.crop(length - layer.get_seq_length())
-
-
 def patched_model(options: dict) -> torch.nn.Module:
     return patch_model(tiny_model("llama"), 1.0, 0.7, **options)
 
@@ -114,7 +108,8 @@ def test_a_decoding_step_or_a_later_piece_of_a_prompt_may_fail_anywhere(settings
         else:
             goes_on = without_index(model, settings, used, next_one)
             assert_close(logits(model, next_one, used), goes_on)
-        crop_layers(cache, LENGTH)
+        for layer in cache.layers:  # as the message of ``BrokenCacheError`` says
+            layer.crop(LENGTH - layer.get_seq_length())
         assert_close(logits(model, new, cache), expected)
         goes_on = without_index(model, settings, cache, next_one)
         assert_close(logits(model, next_one, cache), goes_on)

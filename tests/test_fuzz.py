@@ -3,13 +3,12 @@
 FUZZ_FIRST is the first seed of those. Below, what calls with extreme values once showed.
 """
 
-import itertools
 import os
 
 import fuzz_checks
 import pytest
 import torch
-from attention_cases import HARD, PAGE_KINDS, TOLERANCE, WAYS, check, random_case
+from attention_cases import HARD, PAGE_KINDS, WAYS, check, random_case
 from operations import INSTALLED, INTERPRETED, problem_of_case
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -50,16 +49,6 @@ def test_what_is_wrong_is_noticed(kind, wrong, monkeypatch):
     changed = lambda query, key, value, **options: wrong(run, query, key, value, **options)  # noqa: E731
     monkeypatch.setattr(fuzz_checks, "sparse_attention", changed)
     assert sum(fuzz_checks.check(kind, seed) is not None for seed in range(36)) > 6
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("way", WAYS)
-def test_random_cases_equal_the_reference_to_its_norm(way):
-    for seed, dtype in enumerate([*TOLERANCE] * 16):
-        case = random_case(seed, 300 if way == "block" else 150, dtype, decode=WAYS[way].index is not None)
-        expected = case.reference(way)
-        for backend, stats in itertools.product(INSTALLED, (True, False)):
-            check(way, case, backend, expected, stats=stats, bounds=WAYS[way].index == "codes" and not stats)
 
 
 @pytest.mark.parametrize("kind", HARD)

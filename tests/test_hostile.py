@@ -21,9 +21,9 @@ from tiny_sweep import sweep_arguments
 import eval_tasks
 import nc_patch
 from eval_tasks.errors import EvalError
-from eval_tasks.merging import merge_runs
 from eval_tasks.report import Report
 from eval_tasks.store import claimed, read_rows
+from eval_tasks.summary import merge_runs
 from nc_patch.cli import main
 
 SCRIPT = "<script>alert(1)</script>"
@@ -78,14 +78,8 @@ def changed(value: object, rng: random.Random) -> object:
             return value
 
 
-def test_a_sound_directory_reports_and_counts_duplicated_lines_once(directory, tmp_path):
-    assert main(["report", str(directory), "--out", str(tmp_path / "out")]) == 0
-    rows = read_rows(directory)
-    write(directory, rows * 3, RUN)
-    assert read_rows(directory) == rows
-
-
 def test_damaged_directories_are_reported_or_refused_by_name(tmp_path):
+    assert Report(*merge_runs([written(tmp_path / "sound")]), 0.05).details
     refused = 0
     for seed in range(120):
         rng, directory = random.Random(seed), written(tmp_path / str(seed))

@@ -7,7 +7,7 @@ fails. Nothing of this needs a GPU.
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 from attention_cases import Shape  # noqa: E402
 from operations import problem_of, problem_of_case  # noqa: E402
 from pretended_gpu import LARGEST_GRID, pretended_gpu  # noqa: E402
-from recorded_launches import hooked, library_kernels  # noqa: E402
+from recorded_launches import hooked, library_kernels, pretended  # noqa: E402
 from test_paged import Blocks, shape_of  # noqa: E402
 from tiny_models import tiny_model  # noqa: E402
 
@@ -27,7 +27,6 @@ from nc_patch import KeyIndex, library, patch_model  # noqa: E402
 from nc_patch import budget as budget_module  # noqa: E402
 from nc_patch.budget import row_budgets  # noqa: E402
 from nc_patch.functional import by_index  # noqa: E402
-from nc_patch.ops import backends  # noqa: E402
 from nc_patch.ops.backends import READS_HOST  # noqa: E402
 from nc_patch.ops.means import PageMeans  # noqa: E402
 from nc_patch.ops.problem import Problem  # noqa: E402
@@ -190,12 +189,9 @@ def test_an_operation_of_pytorch_that_reads_a_tensor_on_the_host_is_left_out_of_
 def test_an_operation_of_triton_that_reads_nothing_on_the_host_may_be_in_a_cuda_graph():
     # The calls above run them without memory.
     problem = problem_of(*(meta(1, 1, 1, 16),) * 3, integers(1, 1, 2), integers(1, 1, 1))
-    for selection in (TopK(), Window(), Block(), Dense()):
-        for given in (problem, problem._replace(key_index=(meta(1),))):
-            reads = READS_HOST[0] in library.operation(selection, given, "triton")._opoverload.tags
-            assert reads == (isinstance(selection, Block) and not given.key_index)
-            step = library.operation(selection, given._replace(new=1), "triton")
-            assert reads == (READS_HOST[0] in step._opoverload.tags)
+    for selection, key_index, new in product((TopK(), Window(), Block(), Dense()), ((), (meta(1),)), (0, 1)):
+        op = library.operation(selection, problem._replace(key_index=key_index, new=new), "triton")
+        assert (READS_HOST[0] in op._opoverload.tags) == (isinstance(selection, Block) and not key_index)
     assert READS_HOST[0] not in index._EXTEND[False]._opoverload.tags
 
 
@@ -231,26 +227,24 @@ def test_a_step_is_a_few_launches_at_none_of_which_triton_looks_again(way, monke
         def __getitem__(self, grid: Any) -> Any:
             return lambda *arguments, stream=0: launched.append((self.name, len(arguments) - self.arguments))
 
-    driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0)
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda kernel, *args, **options: Compiled(kernel))
-    monkeypatch.setattr(backends, "triton_problem", lambda device: None)
     monkeypatch.setattr(triton_decode_topk, "_STEPS", {})
     case = Shape("step", (), torch.bfloat16, kv_heads=2, queries=1, keys=3200, budget=64).case()
-    selection, problem = case.selection(way), problem_of_case(case)
-    index = KeyIndex.build(case.key, way, backend="triton")
-    compiled.clear()
-    names = [f"{name}_kernel" for name in NAMES[way]]
     interval = torch.tensor([[[0, 1100, 0]]], dtype=torch.int32)  # as the mask function makes visible and origin
-    problem = by_index(problem, index, 64)._replace(visible=interval[..., :2], origin=interval[..., 2], new=1)
-    for n in (1100, 1101, 1102):
-        interval[..., 1] = n
-        selection.run(problem._replace(key=case.key[:, :, :n], value=case.value[:, :, :n]), "triton")
-        assert compiled == names
-    assert launched == [(name, 0) for name in names] * 2
-    # Memory that begins elsewhere is looked at.
-    assert problem.origin.data_ptr() % 16
-    selection.run(problem._replace(origin=problem.origin.clone()), "triton")
+    names = [f"{name}_kernel" for name in NAMES[way]]
+    with pretended("sm_90"):
+        selection, index = case.selection(way), KeyIndex.build(case.key, way, backend="triton")
+        compiled.clear()
+        problem = by_index(problem_of_case(case), index, 64)
+        problem = problem._replace(visible=interval[..., :2], origin=interval[..., 2], new=1)
+        for n in (1100, 1101, 1102):
+            interval[..., 1] = n
+            selection.run(problem._replace(key=case.key[:, :, :n], value=case.value[:, :, :n]), "triton")
+            assert compiled == names
+        assert launched == [(name, 0) for name in names] * 2
+        # Memory that begins elsewhere is looked at.
+        assert problem.origin.data_ptr() % 16
+        selection.run(problem._replace(origin=problem.origin.clone()), "triton")
     assert compiled == names * 2
 
 

@@ -136,6 +136,10 @@ def test_masks_of_four_dimensions_are_taken_where_every_row_is_one_run_and_refus
         visibility = visibility_of(mask, 2, 6, 6, "Layer")
         assert visibility.order is None
         assert_sees(visibility, causal.expand(2, 1, 6, 6))
+    documents = expected(KINDS["packed"][0])
+    visibility = visibility_of(documents, 1, LENGTH, LENGTH, "Layer")
+    assert visibility.origin.tolist() == BEGINS  # where the rows of each begin
+    assert_sees(visibility, documents)
     by_head, biased, unknown = causal.repeat(1, 2, 1, 1), added.clone(), added.clone()
     by_head[0, 1, 5, 0], biased[0, 0, 3, 1], unknown[0, 0, 3, 1] = False, 0.5, torch.nan
     for mask, why in (
@@ -148,13 +152,6 @@ def test_masks_of_four_dimensions_are_taken_where_every_row_is_one_run_and_refus
     ):
         with pytest.raises(UnsupportedMaskError, match=why):
             visibility_of(mask, 2, 6, 6, "Layer")
-
-
-def test_documents_of_a_mask_of_four_dimensions_begin_where_their_rows_do():
-    mask = expected(KINDS["packed"][0])
-    visibility = visibility_of(mask, 1, LENGTH, LENGTH, "Layer")
-    assert visibility.origin.tolist() == BEGINS
-    assert_sees(visibility, mask)
 
 
 def test_packed_intervals_are_handed_in_again_and_neither_other_masks_nor_those_of_other_calls_are_taken_for_them():

@@ -16,13 +16,13 @@ def rows_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Blocks:
-    """The keys of a case in shuffled blocks of memory, which is NaN elsewhere, and each of its queries as a row.
+    """The keys of a case in shuffled blocks of a backend's memory, which is NaN elsewhere; each query as a row.
 
     They lie as in vLLM's cache, beside another layer's, or ``together=False`` as in that of ``transformers``.
     """
 
-    def __init__(self, shape: Shape, keys: int = 32, together: bool = True) -> None:
-        case = self.case = shape.case()
+    def __init__(self, shape: Shape, backend: str = "torch", keys: int = 32, together: bool = True) -> None:
+        case, self.backend = shape.case(), backend
         (B, Hkv, Lk, D), Dv, page_size = case.key.shape, case.value.shape[3], case.options["size"]
         count = -(-Lk // keys)
         number = B * count + 3
@@ -45,39 +45,37 @@ class Blocks:
             for memory, tensor in ((self.paged.key, case.key), (self.paged.value, case.value)):
                 memory[block, :, place] = tensor[b, :, :end].transpose(0, 1)
             self.slots.append(block * keys + place)
-        self.query = rows_of(case.query).mT.contiguous().mT
         wide = torch.nn.functional.pad(table, (0, 2), value=-1).repeat_interleave(case.query.shape[2], 0)
-        budget = rows_of(case.budget)
-        self.rows = PagedRows(wide, case.visible[..., 1].flatten(), budget, int(budget.max()))
+        rows, query = (
+            (wide, case.visible[..., 1].flatten(), rows_of(case.budget)),
+            rows_of(case.query).mT.contiguous().mT,
+        )
+        device = device_of(backend)
+        self.paged = PagedKeys(*(t.to(device) for t in self.paged[:4]), page_size)
+        self.rows = PagedRows(*(t.to(device) for t in rows), int(case.budget.max()))
+        sinks = None if case.sinks is None else case.sinks.to(device)
+        self.query, self.scoring = query.to(device), {"scale": case.scale, "softcap": case.softcap, "sinks": sinks}
+        self.case = case
 
-    def summarize(self, backend: str) -> None:
+    def summarize(self) -> None:
         """A prompt first, beside padding, then the other keys, seven at a time."""
         for slots in self.slots:
             prompt = max(len(slots) - 35, 0)
             for some in (torch.cat((torch.tensor([-1]), slots[:prompt])), *slots[prompt:].split(7)):
-                self.write(some, backend)
+                self.write(some)
 
-    def write(self, slots: torch.Tensor, backend: str) -> None:
-        paged = PagedKeys(*(t.to(device_of(backend)) for t in self.paged[:4]), self.paged.page_size)
-        summarize_slots_(paged, slots.to(paged.key.device), backend)
-        for mine, written in zip(self.paged[:4], paged[:4], strict=True):
-            mine.copy_(written)
+    def write(self, slots: torch.Tensor) -> None:
+        summarize_slots_(self.paged, slots.to(self.query.device), self.backend)
 
-    def attend(self, backend: str) -> AttentionResult:
-        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device_of(backend))
-
-        paged = PagedKeys(*map(moved, self.paged[:4]), self.paged.page_size)
-        rows, scoring = PagedRows(*map(moved, self.rows[:3]), self.rows.most), (self.case.scale, self.case.softcap)
-        settings = dict(zip(("scale", "softcap"), scoring, strict=True), sinks=moved(self.case.sinks), backend=backend)
-        found = paged_block_attention(moved(self.query), paged, rows, **settings)
+    def attend(self) -> AttentionResult:
+        found = paged_block_attention(self.query, self.paged, self.rows, **self.scoring, backend=self.backend)
         return AttentionResult(*(None if t is None else t.cpu() for t in found))
 
 
 def shape_of(*ends: int, **more: object) -> Shape:
     """Sequences that end there."""
     sizes = {"batch": len(ends), "keys": max(ends), "kv_heads": 2, "queries": 1, "head_dim": 32, "budget": 70}
-    return Shape("paged", (), intervals=ends, **sizes | more)
+    return Shape("paged", (), intervals=("ends", *ends), **sizes | more)
 
 
 SMALL = shape_of(20, 30)
@@ -104,9 +102,9 @@ BF16, FP16, PAGES_OF_32 = torch.bfloat16, torch.float16, {"size": 32}
 )
 def test_each_row_attends_what_its_sequence_alone_would(shape, memory, backend):
     # What no row may read is NaN: other blocks, keys beyond a length, statistics of pages that are not whole.
-    blocks = Blocks(shape, **memory)
-    blocks.summarize(backend)
-    found, expected = blocks.attend(backend), blocks.case.reference("pages")
+    blocks = Blocks(shape, backend, **memory)
+    blocks.summarize()
+    found, expected = blocks.attend(), blocks.case.reference("pages")
     assert found.output.dtype == shape.dtype
     for mine, its in zip(found.output, rows_of(expected.output), strict=True):
         assert_close(mine, its, TOLERANCE[shape.dtype])
@@ -119,28 +117,28 @@ def assert_same(now: torch.Tensor, before: torch.Tensor) -> None:
 
 @EACH
 def test_of_no_rows_and_no_slots_nothing_comes(backend):
-    blocks = Blocks(SMALL)
+    blocks = Blocks(SMALL, backend)
     before = [t.clone() for t in blocks.paged[:4]]
-    blocks.write(torch.empty(0, dtype=torch.int64), backend)
+    blocks.write(torch.empty(0, dtype=torch.int64))
     for now, old in zip(blocks.paged[:4], before, strict=True):
         assert_same(now, old)
     blocks.query, blocks.rows = blocks.query[:0], PagedRows(*(t[:0] for t in blocks.rows[:3]), 1)
-    found = blocks.attend(backend)
+    found = blocks.attend()
     assert (found.output.shape, found.attended.shape) == ((0, 4, 32), (0, 4))
 
 
 @EACH
 def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_changes(backend):
-    blocks = Blocks(shape_of(100, dtype=BF16), keys=48)
+    blocks = Blocks(shape_of(100, dtype=BF16), backend, keys=48)
     before, key, slots = [t.clone() for t in blocks.paged[:4]], blocks.case.key[0], blocks.slots[0]
-    blocks.write(slots[[15, 16, 30, 47, 95, 99]], backend)
+    blocks.write(slots[[15, 16, 30, 47, 95, 99]])
     written = torch.zeros(blocks.paged.codes.shape[:3], dtype=torch.bool)
     for last in (15, 47, 95):
         block, page = int(slots[last]) // 48, int(slots[last]) % 48 // 16
         written[block, :, page] = True
         for h in range(2):
             codes, scales = blocks.paged.codes[block, h, page], blocks.paged.scales[block, h, page]
-            assert_summarises(codes, scales, key[h, last - 15 : last + 1])
+            assert_summarises(codes.cpu(), scales.cpu(), key[h, last - 15 : last + 1])
     for number, (now, old) in enumerate(zip(blocks.paged[:4], before, strict=True)):
         assert_same(*((now, old) if number < 2 else (now[~written], old[~written])))
 

@@ -8,6 +8,7 @@ import logging
 import operator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -33,11 +34,7 @@ def test_a_profile_is_the_same_after_a_round_trip(tmp_path):
 def test_saving_replaces_the_file_at_once_and_leaves_nothing_else(tmp_path, monkeypatch):
     made_up_profile().save(tmp_path / "profile.json")
     before = (tmp_path / "profile.json").read_bytes()
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(ProfileError, match="cannot be written: No space left"):
         made_up_profile(seed=3).save(tmp_path / "profile.json")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"profile.json": before}
@@ -188,16 +185,15 @@ def test_a_file_of_format_1_means_what_it_always_did(tmp_path):
 
 def spent(profile, lengths, over: str, dense_below: int = 0) -> float:
     """Attended keys / visible keys, counted one by one with the budget law itself."""
-    config = profile.config()
-    attended = seen = 0
-    for (layer, window), head in itertools.product(enumerate(profile.windows), range(profile.shape[1])):
-        alpha, C = config.laws(layer)[head]
-        for row in itertools.chain.from_iterable(range(1, n + 1) if over == "sequence" else [n] for n in lengths):
-            visible = min(row, window or row)
+    config, attended, visible = profile.config(), 0, 0
+    rows = [row for n in lengths for row in (range(1, n + 1) if over == "sequence" else [n])]
+    for layer, window in enumerate(profile.windows):
+        seen = [min(row, window or row) for row in rows]
+        for alpha, C in config.laws(layer):
             dense = layer in config.dense_layers
-            attended += visible if dense else budget_of(visible, alpha, C, 1, dense_below)
-            seen += visible
-    return attended / seen
+            attended += sum(n if dense else budget_of(n, alpha, C, 1, dense_below) for n in seen)
+            visible += sum(seen)
+    return attended / visible
 
 
 @pytest.mark.parametrize("windows", [(0, 0, 0), (0, 200, 0)], ids=["global", "one-layer-slides"])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from attention_cases import Case, Shape, random_case
+from attention_cases import Shape, random_case
 from operations import assert_close, problem_of_case
 
+from nc_patch import sparse_attention
 from nc_patch.ops.problem import visible_mask
 from nc_patch.ops.reference import raw_scores
 from nc_patch.ops.rows import Rows
@@ -23,10 +24,7 @@ def topk_by_hand(scores, start, end, budget, sink_keys, recent_keys):
 @pytest.mark.parametrize("seed", range(20))
 def test_topk_mask_is_the_definition_read_aloud(seed, odd):
     case = random_case(seed, longest=30)
-    problem, (sink_keys, recent_keys) = (
-        problem_of_case(case),
-        (case.options[f"{name}_keys"] for name in ("sink", "recent")),
-    )
+    problem, sizes = problem_of_case(case), (case.options["sink_keys"], case.options["recent_keys"])
     scores = raw_scores(problem)
     if odd:  # NaN ranks with infinity, and of equal scores the first come first
         scores = torch.tensor([-torch.inf, -1.0, 0.0, 1.0, torch.inf, torch.nan])[torch.randint(6, scores.shape)]
@@ -34,7 +32,7 @@ def test_topk_mask_is_the_definition_read_aloud(seed, odd):
     ranked, budget = scores.nan_to_num(nan=torch.inf, posinf=torch.inf), case.budget.expand(scores.shape[:3])
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
         start, end = case.visible[b, i].tolist()
-        by_hand = topk_by_hand(ranked[b, h, i].tolist(), start, end, int(budget[b, h, i]), sink_keys, recent_keys)
+        by_hand = topk_by_hand(ranked[b, h, i].tolist(), start, end, int(budget[b, h, i]), *sizes)
         assert set(mask[b, h, i].nonzero()[:, 0].tolist()) == by_hand
 
 
@@ -69,15 +67,12 @@ def test_a_window_is_the_first_keys_and_the_most_recent_ones():
 
 def test_a_page_whose_keys_are_equal_is_not_missed():
     """Keys and values that are constant over pages are approximated without an error, however few are attended."""
-    g = torch.Generator().manual_seed(0)
-    key, value = (torch.randn(1, 2, 9, 8, generator=g).repeat_interleave(16, 2) for _ in range(2))
-    query = torch.randn(1, 4, 144, 8, generator=g)
-    visible = torch.stack((torch.zeros(144), torch.arange(1, 145)), -1).int()[None]
-    budget = (visible[..., 1] - (visible[..., 1] - 1) // 16 * 16)[:, None]  # no more than the own page
-    rows = torch.arange(144) % 16 == 15  # the others' own page is cut
-    options = {"sink_keys": 0, "recent_keys": 16}
-    case = Case(query, key, value, visible, visible[..., 0], budget, None, 0.5, 0.0, options)
-    dense, dropped = (case.reference(way).output[:, :, rows] for way in ("dense", "drop"))
-    assert_close(case.run("topk", "torch").output[:, :, rows], dense, 1e-6)
+    key, value = (torch.randn(1, 2, 9, 8).repeat_interleave(16, 2) for _ in range(2))
+    # Each query sees whole pages, and attends the last.
+    query, ends = torch.randn(1, 4, 9, 8), torch.arange(16, 145, 16)
+    visible = torch.stack((torch.zeros(9), ends), -1).int()[None]
+    options = {"alpha": 16.0, "sink_keys": 0, "recent_keys": 16, "visible": visible, "origin": visible[..., 0]}
+    dense = sparse_attention(query, key, value, alpha=1.0, C=1.0, visible=visible).double()
+    assert_close(sparse_attention(query, key, value, tail="mean", **options), dense, 1e-6)
     with pytest.raises(AssertionError, match="relative error"):
-        assert_close(dropped, dense, 0.1)
+        assert_close(sparse_attention(query, key, value, tail="drop", **options), dense, 0.1)

@@ -10,8 +10,8 @@ import pytest
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 import recorded_launches  # noqa: E402
-import triton.language as tl  # noqa: E402
 from recorded_launches import TARGETS, Resources, differences, expanded, main, recorded, resources_of  # noqa: E402
+from triton._utils import find_paths_if  # noqa: E402
 from triton.compiler import ASTSource, code_generator  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set")
@@ -55,7 +55,6 @@ SPILLING = {
     ("attend_blocks-bf16-d128-k32-sinks-softcap-stats", "sm_90"): 3,
 }
 launches_of = functools.cache(recorded)
-compiled = functools.cache(lambda name, target: resources_of(name, launches_of(target)[name], target))
 
 
 @pytest.fixture(autouse=True)
@@ -63,13 +62,9 @@ def returns_are_what_triton_3_6_can(monkeypatch):
     """Later versions let a function return a structure of which a member is None."""
     decide = getattr(code_generator.CodeGenerator, "decide_return_type", None)
 
-    def members(value):
-        return [leaf for each in value.values for leaf in members(each)] if isinstance(value, tl.tuple) else [value]
-
     def without_none(self):
-        structures = [found for found in self.return_vals if isinstance(found, tl.tuple)]
-        constants = [each for found in structures for each in members(found) if not isinstance(each, tl.tensor)]
-        assert None not in [each.value if isinstance(each, tl.constexpr) else each for each in constants]
+        is_none = lambda path, value: len(path) > 1 and getattr(value, "value", value) is None  # noqa: E731
+        assert not find_paths_if(self.return_vals, is_none)
         return decide(self)
 
     if decide is not None:  # in 3.6
@@ -84,7 +79,7 @@ def returns_are_what_triton_3_6_can(monkeypatch):
     ],
 )
 def test_kernel_compiles_and_fits(name, target):
-    found = compiled(name, target)
+    found = resources_of(name, launches_of(target)[name], target)
     assert found.registers > 0
     assert 0 < found.shared <= found.shared_limit
     assert found.spills <= max(SPILLING.get((name, target), 0), MOST_SPILLS)

@@ -62,21 +62,15 @@ def scanned_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def raise_guesses(monkeypatch: pytest.MonkeyPatch, guess: float = 1e30) -> None:
-    """Makes the guesses of every second row too high."""
-
-    def change(query, scratch, num_kv_heads, group, Lq, **_):
-        rows = query.data.shape[0] * num_kv_heads * group * Lq
-        part_of(scratch, "guess", rows)[::2] = guess
-
-    monkeypatch.setattr(triton_decode_topk, "scan_kernel", Watched(triton_decode_topk.scan_kernel, change))
-
-
 @pytest.mark.parametrize(
     ("name", "way"), [("decode-ties", "codes"), ("too-few", "codes"), ("too-few", "codes with means")]
 )
 def test_rows_that_collect_too_few_keys_choose_among_all_of_them(name, way, device, scanned_again, monkeypatch):
-    raise_guesses(monkeypatch)
+    def raise_guesses(query, scratch, num_kv_heads, group, Lq, **_):
+        rows = query.data.shape[0] * num_kv_heads * group * Lq
+        part_of(scratch, "guess", rows)[::2] = 1e30  # of every second row, far too high
+
+    monkeypatch.setattr(triton_decode_topk, "scan_kernel", Watched(triton_decode_topk.scan_kernel, raise_guesses))
     shape = decode_shape(queries=3, softcap=4.0, sinks=True, budget="per_head")
     case = (DESCRIBED[f"{name}-codes"][0] if name == "decode-ties" else shape).case()
     bounds = check(way, case, "triton", bounds=True).kept_mass_bounds
@@ -111,9 +105,10 @@ def test_queries_that_go_one_after_another_give_what_they_give_together(device, 
 
 
 @pytest.mark.parametrize("name", ["decode", "decode-ragged", "decode-full-budget", "decode-forced-keys"])
-def test_rows_of_ordinary_keys_collect_enough_at_first(name, device, scanned_again):
+def test_rows_of_ordinary_keys_collect_enough_at_first_and_their_bounds_are_narrow(name, device, scanned_again):
     case = DESCRIBED[f"{name}-codes"][0].case()
-    case.run("codes", "triton")
+    bounds = case.run("codes", "triton", bounds=True).kept_mass_bounds
+    assert (bounds[..., 1] - bounds[..., 0]).max() < 1e-3
     assert scanned_again == [0]
 
 

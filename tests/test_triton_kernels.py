@@ -1,5 +1,7 @@
 """What is special in Triton's prefill and its decoding by pages; what they compute, ``test_attention.py`` holds."""
 
+import itertools
+
 import pytest
 import torch
 from attention_cases import SHAPES, SPOILED, Shape, check
@@ -71,10 +73,8 @@ def test_a_block_scores_the_same_whether_its_tile_is_masked_or_not(softcap, devi
 
 def plan_with(widths: list[int], samples: list[int]) -> BlockPlan:
     """A plan of query blocks with so many key blocks and scored rows, as far as chunks are cut by it."""
-    first, listed = 0, []
-    for width, count in zip(widths, samples, strict=True):
-        listed.append(PlannedBlock(0, 0, 0, 0, 0, 0, lowest=0, width=width, first_sample=first, samples=count))
-        first += count
+    firsts = itertools.accumulate(samples, initial=0)
+    listed = [PlannedBlock(*(0,) * 7, width, *scored) for width, *scored in zip(widths, firsts, samples, strict=False)]
     return BlockPlan(*(torch.zeros(0),) * 7, listed, 1)
 
 
@@ -106,49 +106,38 @@ def test_scored_tiles_hold_whole_blocks(architecture):
                 assert tiles.score.keys % block_size == 0
 
 
-PREFILLS = (TopK(tail="drop"), Window(), Block(16))
+PROMPT = problem_of_case(SHAPES[0].case())
+STEP = Shape("pages", (), queries=1, keys=200, budget=70).case().problem("pages")
+CODES, SCALES = STEP.key_index
+TAIL = problem_of_case(Shape("means", (), queries=2, keys=40, head_dim=16, value_dim=24).case())
+MEANS = page_means(TAIL.key, TAIL.value, page_starts(TAIL.visible, TAIL.origin, 40))
+OF_KEYS = r"means of keys must be float32 \[1, 1, 3, 16\] on cpu, got float32 \[1, 1, 2, 16\] on cpu"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("given", "change", "message"),
     [
-        ({"key": torch.zeros(1, 53, 64)}, r"key must be \[batch, heads, length, head_dim\]"),
-        ({"visible": torch.zeros(1, 20, 2)}, "visible must be int32"),
-        ({"origin": torch.zeros(1, 20)}, "origin must be int32"),
-        ({"budget": torch.zeros(1, 5, 20, dtype=torch.int32)}, "budget must be int32"),
-        ({"value": torch.zeros(1, 1, 53, 320)}, "at most 256, got 64 and 320"),
+        (PROMPT, {"key": torch.zeros(1, 53, 64)}, r"key must be \[batch, heads, length, head_dim\]"),
+        (PROMPT, {"visible": torch.zeros(1, 20, 2)}, "visible must be int32"),
+        (PROMPT, {"origin": torch.zeros(1, 20)}, "origin must be int32"),
+        (PROMPT, {"budget": torch.zeros(1, 5, 20, dtype=torch.int32)}, "budget must be int32"),
+        (PROMPT, {"value": torch.zeros(1, 1, 53, 320)}, "at most 256, got 64 and 320"),
+        (STEP, {"origin": torch.zeros(1, 2, dtype=torch.int32)}, "origin must be int32"),
+        (STEP, {"key_index": (CODES[..., :32], SCALES)}, "page_codes must be"),
+        (STEP, {"key_index": (CODES, SCALES.double())}, "page_scales must be"),
+        (TAIL, {"means": MEANS._replace(key=MEANS.key[:, :, :2])}, OF_KEYS),
+        (
+            TAIL,
+            {"means": MEANS._replace(value=MEANS.value[..., :8])},
+            r"means of values must be float32 \[1, 1, 4, 24\]",
+        ),
+        (TAIL, {"means": PageMeans(*(t.half() for t in MEANS))}, "means of keys must be float32"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(change, message):
-    problem = problem_of_case(SHAPES[0].case())._replace(**change)
-    for chosen in PREFILLS[:2] if "value" in change else PREFILLS:
+def test_what_does_not_fit_is_refused(given, change, message):
+    selections = (
+        [TopK()] if given is TAIL else [Block(16)] if given is STEP else [TopK(tail="drop"), Window(), Block(16)]
+    )
+    for chosen in selections:
         with pytest.raises(ValueError, match=message):
-            chosen.prefill_triton(problem)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"origin": torch.zeros(1, 2, dtype=torch.int32)}, "origin must be int32"),
-        ({0: torch.zeros(1, 1, 13, 3, 32, dtype=torch.int8)}, "page_codes must be"),
-        ({1: torch.zeros(1, 1, 13, 3).double()}, "page_scales must be"),
-    ],
-)
-def test_pages_that_do_not_fit_are_refused(change, message):
-    problem = Shape("pages", (), queries=1, keys=200, budget=70).case().problem("pages")
-    index = tuple(change.pop(number, tensor) for number, tensor in enumerate(problem.key_index))
-    with pytest.raises(ValueError, match=message):
-        Block(16).run(problem._replace(key_index=index, **change), "triton")
-
-
-def test_means_that_do_not_fit_are_refused():
-    case = Shape("means", (), queries=2, keys=40, head_dim=16, value_dim=24).case()
-    means = page_means(case.key, case.value, page_starts(case.visible, case.origin, 40))
-    of_keys = r"means of keys must be float32 \[1, 1, 3, 16\] on cpu, got float32 \[1, 1, 2, 16\] on cpu"
-    for tail, message in (
-        (PageMeans(means.key[:, :, :2], means.value), of_keys),
-        (PageMeans(means.key, means.value[..., :8]), r"means of values must be float32 \[1, 1, 4, 24\]"),
-        (PageMeans(*(t.half() for t in means)), "means of keys must be float32"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            TopK().prefill_triton(problem_of_case(case)._replace(means=tail))
+            chosen.run(given._replace(**change), "triton")

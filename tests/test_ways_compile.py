@@ -210,3 +210,19 @@ def test_exported_attention_takes_every_number_of_queries_and_keys(settings):
     for asked, seen in ((2, 2), (2, 9), (9, 17), (60, 70), (2, 300)):
         inputs = tensors(asked, seen)
         assert_close(run(*inputs), attention(*inputs))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_numbers_that_are_symbols_break_no_graph(family):
+    ids, model = random_ids(2, 70), small(family, layers=2, **PLAIN["unasked"])
+    compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_a_budget_that_is_an_argument_breaks_no_graph():
+    tensors = torch.randn(3, 1, 2, 40, 16)
+    call = lambda alpha, scale: sparse_attention(*tensors, alpha=alpha, C=0.5, scale=scale)  # noqa: E731
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for alpha, scale in ((2.0, 0.3), (1.5, 0.2), (2.5, 0.4)):
+        assert_close(compiled(alpha, scale), call(alpha, scale))

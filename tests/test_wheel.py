@@ -3,24 +3,17 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from processes import python
 from tiny_sweep import sweep_arguments
 
 from nc_patch import __version__
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nc_patch", "eval_tasks")
-
-
-def python(*command, **options):
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +39,7 @@ def installed(wheel, tmp_path_factory):
 
 def run_outside(installed, cwd, script):
     """What a script says that runs in ``cwd`` with the installed packages before those of the environment."""
-    return python(script, cwd=cwd, env={**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"})
+    return python("-c", script, cwd=cwd, env={**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"})
 
 
 def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel):
@@ -75,14 +68,11 @@ def test_the_one_version_the_licence_and_the_command_are_stated(wheel):
 
 def test_outside_the_checkout_an_eval_runs(installed, tmp_path):
     sizes = ("--tasks", "perplexity", "--methods", "dense", "nc-topk", "--lengths", "48", "--backend", "torch")
-    script = tmp_path / "eval.py"
-    script.write_text(
-        f"""import sys, nc_patch, eval_tasks
+    script = f"""import sys, nc_patch, eval_tasks
 print(nc_patch.__file__, eval_tasks.__file__)
 from nc_patch.cli import main
 sys.exit(main({sweep_arguments(tmp_path, tmp_path / "out", *sizes)!r}))
 """
-    )
     said = run_outside(installed, tmp_path, script)
     assert all(str(installed / package / "__init__.py") in said for package in PACKAGES)
     for name in ("results.jsonl", "summary.csv", "run.json", "report.html"):
@@ -92,9 +82,7 @@ sys.exit(main({sweep_arguments(tmp_path, tmp_path / "out", *sizes)!r}))
 @pytest.mark.wide
 def test_outside_the_checkout_tasks_and_metrics_are_found(installed, tmp_path):
     pytest.importorskip("lm_eval")
-    script = tmp_path / "tasks.py"
-    script.write_text(
-        """from pathlib import Path
+    script = """from pathlib import Path
 import eval_tasks, evaluate
 from lm_eval.tasks import TaskManager
 from eval_tasks.metrics import string_match
@@ -102,6 +90,5 @@ folder = str(Path(eval_tasks.__file__).parent)
 print(sorted(TaskManager(include_path=folder, include_defaults=False).all_tasks))
 print(evaluate.load(string_match.__path__[0]).name)
 """
-    )
     said = run_outside(installed, tmp_path, script)
     assert all(name in said for name in ("'nc_perplexity'", "'nc_niah_single_2'", "string_match"))

@@ -39,3 +39,10 @@ def tiny_model(family: str, **settings: object) -> PreTrainedModel:
 def random_ids(*shape: int) -> torch.Tensor:
     """Token ids that are not padding."""
     return torch.randint(1, VOCABULARY, shape)
+
+
+def eager_weights(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What the queries of every layer put on each key, ``[B, Hq, L, L]`` in float64; the model stays eager."""
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        return [weights.double() for weights in model(ids, output_attentions=True).attentions]

@@ -34,12 +34,16 @@ def save_tiny_model(directory: Path, family: str = "llama") -> Path:
     return directory
 
 
-def sweep_arguments(directory: Path, out: Path, *further: str, words: int = 2000) -> list[str]:
-    """Arguments of ``nc-patch`` for a sweep of a second or two on a tiny model; makes model and text when missing."""
+def tiny_files(directory: Path, family: str = "llama") -> list[str]:
+    """``--model`` and ``--text``: a tiny model and a text of 2,000 words, made where they are missing."""
     model, text = directory / "model", directory / "text.txt"
     if not model.exists():
-        save_tiny_model(model)
-        text.write_text(tiny_text(words), encoding="utf-8")
-    settings = [("--model", model), ("--text", text), ("--out", out), ("--lengths", 48, 96), ("--samples", 2)]
-    settings += [("--scored", 16), ("--passage", 12), ("--equal-at", 48), ("--alpha", 2), ("--device", "cpu")]
-    return ["eval", *(str(word) for setting in settings if setting[0] not in further for word in setting), *further]
+        save_tiny_model(model, family)
+        text.write_text(tiny_text(2000), encoding="utf-8")
+    return ["--model", str(model), "--text", str(text)]
+
+
+def sweep_arguments(directory: Path, out: Path, *further: str) -> list[str]:
+    """Arguments of ``nc-patch`` for a sweep of a second or two of ``tiny_files``; of an option the last counts."""
+    sizes = "--lengths 48 96 --samples 2 --scored 16 --passage 12 --equal-at 48 --alpha 2 --device cpu"
+    return ["eval", *tiny_files(directory), "--out", str(out), *sizes.split(), *further]

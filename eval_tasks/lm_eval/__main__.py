@@ -13,10 +13,11 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.utils import setup_logging
 
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.settings import TASKS_DIRECTORY
 from eval_tasks.store import check_out
 from nc_patch.common import ProfileError, UnsupportedModelError
 
+# Where this package's tasks lie.
+TASKS_DIRECTORY = Path(__file__).resolve().parents[1]
 _TaskManager = lm_eval.tasks.TaskManager
 
 

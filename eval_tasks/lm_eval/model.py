@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from sqlitedict import SqliteDict  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.settings import OPTIONS, located, read_config, split_arguments
-from eval_tasks.models import tokenizer_fingerprint
+from eval_tasks.models import find_model, tokenizer_fingerprint
 from nc_patch import NCConfig, Profile, UnsupportedModelError, nc_stats, patch_model
 from nc_patch.calibration.fingerprint import weights_fingerprint
+from nc_patch.config import option_owners
 from nc_patch.version import __version__
 
+OPTIONS = (*(field.name for field in fields(NCConfig)), "selection", *option_owners())
+# HFLM has an argument of the same name as NCConfig.backend; their values differ, so the value says which is meant.
+_HFLM_BACKENDS = ("default", "causal", "seq2seq")
 # Arguments on which, rounding apart, answers do not depend.
 _PLACEMENT = ("batch_size", "device", "device_map", "max_batch_size", "parallelize", "tp_plan")
 
@@ -120,3 +124,56 @@ class NCHFLM(HFLM):
         found: dict[str, Any] = {"nc_patch_version": __version__, "nc_config": self.nc_config.to_dict()}
         found |= {f"nc_{name}": stats[name] for name in ("attended_fraction", "mean_keys")}
         return {**super().get_model_info(), **found, "nc_dense_calls": dict(dense_calls)}
+
+
+def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divides model arguments into the options of ``NCConfig`` and what is left for ``HFLM``."""
+    options, others = dict[str, Any](), dict[str, Any]()
+    for name, value in arguments.items():
+        is_option = name in OPTIONS and not (name == "backend" and value in _HFLM_BACKENDS)
+        (options if is_option else others)[name] = value
+    return {name: value for name, value in options.items() if value is not None}, others
+
+
+def located(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with ``pretrained`` resolved by ``find_model``, so that ``smollm2`` and ``.gguf`` files work."""
+    name = arguments.get("pretrained")
+    if not isinstance(name, str) or arguments.get("gguf_file") or arguments.get("subfolder"):
+        return dict(arguments)
+    source = find_model(name)
+    return {**source.options, **arguments, "pretrained": source.location}
+
+
+def read_config(
+    options: Mapping[str, Any],
+    nc_config: NCConfig | Mapping[str, Any] | str | None = None,
+    profile: Profile | None = None,
+) -> NCConfig:
+    """The ``NCConfig`` that model arguments describe; raises EvalError, which says what to give, where they do not.
+
+    ``options`` are by name, as ``--model_args`` gives them; ``dense_layers`` may be ``0+1+29``. In their place
+    ``nc_config`` is a JSON file that ``NCConfig.to_json`` wrote, a mapping, or an ``NCConfig``; in place of alpha and
+    C there may be a calibrated profile.
+    """
+    dense = options.get("dense_layers", ())
+    if isinstance(dense, int | str):
+        options = {**options, "dense_layers": [int(n) if n.isdecimal() else n for n in str(dense).split("+")]}
+    try:
+        if nc_config is not None:
+            if options or profile is not None:
+                raise EvalError(f"nc_config holds every setting: leave out {', '.join(options) or 'profile'}")
+            if isinstance(nc_config, NCConfig):
+                return nc_config
+            if isinstance(nc_config, Mapping):
+                return NCConfig.from_dict(nc_config)
+            return NCConfig.from_json(Path(nc_config).read_text(encoding="utf-8"))
+        if profile is not None:
+            return profile.config(**options)
+        if missing := [name for name in ("alpha", "C") if name not in options]:
+            raise EvalError(
+                f"{' and '.join(missing)} missing: give the factor and the exponent of the budget k(n) = alpha * n**C,"
+                " for example alpha=2,C=0.7 (C=0 is a fixed budget), or nc_config=FILE or profile=FILE"
+            )
+        return NCConfig(**options)
+    except (OSError, TypeError, ValueError) as error:
+        raise EvalError(str(error)) from error

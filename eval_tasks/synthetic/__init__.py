@@ -4,9 +4,8 @@
 """
 
 from eval_tasks.synthetic.counting import COUNTING_GENERATORS
-from eval_tasks.synthetic.fitting import chat
 from eval_tasks.synthetic.needles import NEEDLE_GENERATORS
-from eval_tasks.synthetic.sample import Generator, SyntheticSample, synthesize
+from eval_tasks.synthetic.sample import Generator, SyntheticSample, chat, synthesize
 
 GENERATORS: dict[str, Generator] = {one.name: one for one in (*NEEDLE_GENERATORS, *COUNTING_GENERATORS)}
 

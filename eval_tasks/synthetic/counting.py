@@ -4,11 +4,12 @@ import math
 import random
 import string
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
 from eval_tasks.synthetic.sample import Generator, Recipe, Request
-from eval_tasks.synthetic.words import WordStream
+from eval_tasks.synthetic.words import distinct_words
 
 _COMMON, _FREQUENT = 10, 3
 _COMMON_PREFIX = "Answer: The top 10 words that appear most often in the list are:"
@@ -24,18 +25,21 @@ def _common_words(request: Request) -> Recipe:
         shown, example_repeats, repeats = 20, (3, 1), (6, 1)
     else:
         shown, example_repeats, repeats = 0, (0, 0), (3, 1)
-    stream = WordStream(f"{request.key}/{request.seed}/{request.index}")
+
+    def words(count: int, purpose: str = "") -> list[str]:
+        return list(islice(distinct_words(f"{request.key}/{request.seed}/{request.index}{purpose}"), count))
+
     opening = ""
     if shown:
-        words = WordStream(f"{request.key}/{request.seed}/{request.index}/example").first(shown)
-        asked = _common_question(words, example_repeats, request.random("example"))
-        opening = f"{asked} {_COMMON_PREFIX} {_numbered(words[:_COMMON])}\n"
+        listed = words(shown, "/example")
+        asked = _common_question(listed, example_repeats, request.random("example"))
+        opening = f"{asked} {_COMMON_PREFIX} {_numbered(listed[:_COMMON])}\n"
 
     def question(units: int, padding: int) -> str:
         # At least one word that is not common, and all of them less often than the common ones.
-        return opening + _common_question(stream.first(_COMMON + 1 + units), repeats, request.random("order"))
+        return opening + _common_question(words(_COMMON + 1 + units), repeats, request.random("order"))
 
-    return Recipe(question, _COMMON_PREFIX, tuple(stream.first(_COMMON)))
+    return Recipe(question, _COMMON_PREFIX, tuple(words(_COMMON)))
 
 
 def _common_question(words: list[str], repeats: tuple[int, int], draw: random.Random) -> str:

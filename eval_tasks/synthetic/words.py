@@ -1,8 +1,9 @@
 """Words for keys and lists: the common English ones of ``words.txt``, and made-up ones where a list needs more."""
 
-import random
+from collections.abc import Iterator
 from functools import cache
 from importlib import resources
+from random import Random
 
 # Their order decides the samples. Paragraphs: adjectives, nouns, verbs.
 _LISTS = resources.files("eval_tasks.synthetic").joinpath("words.txt").read_text(encoding="utf-8").split("\n\n")
@@ -19,22 +20,16 @@ def english_words() -> tuple[str, ...]:
     return tuple(sorted({*ADJECTIVES, *NOUNS, *VERBS}))
 
 
-class WordStream:
-    """Distinct words without end: the English ones in an order that ``seed`` decides, then made-up ones."""
-
-    def __init__(self, seed: str) -> None:
-        self._random = random.Random(seed)
-        self._words = list(english_words())
-        self._random.shuffle(self._words)
-        self._known = set(self._words)
-
-    def first(self, count: int) -> list[str]:
-        """The first ``count`` words; the same however far the stream was read before."""
-        draw = self._random.choice
-        while len(self._words) < count:
-            syllables = range(draw((2, 3, 3)))
-            word = "".join(draw(_ONSETS) + draw(_NUCLEI) + draw(_CODAS) for _ in syllables)
-            if word not in self._known:
-                self._known.add(word)
-                self._words.append(word)
-        return self._words[:count]
+def distinct_words(seed: str) -> Iterator[str]:
+    """Words without end, each once: the English ones in an order that ``seed`` decides, then made-up ones."""
+    random = Random(seed)
+    words = list(english_words())
+    random.shuffle(words)
+    yield from words
+    known = set(words)
+    while True:
+        syllables = range(random.choice((2, 3, 3)))
+        word = "".join(random.choice(parts) for _ in syllables for parts in (_ONSETS, _NUCLEI, _CODAS))
+        if word not in known:
+            known.add(word)
+            yield word

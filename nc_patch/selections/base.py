@@ -48,12 +48,15 @@ class Selection:
     estimates: ClassVar[bool] = False
     bounds_kept_mass: ClassVar[bool] = False
     on_host: ClassVar[tuple[tuple[str, str], ...]] = (("prefill", "torch"), ("decode", "torch"))
+    # Of ``written``, once: while ``torch.compile`` traces, options may be symbols, which have no text.
+    _written: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for option, check in self.checks.items():
             value = getattr(self, option)
             if value is not None or getattr(type(self), option) is not None:
                 object.__setattr__(self, option, check(self.shorthand.get(option, option), value))
+        object.__setattr__(self, "_written", self._write())
 
     def keep(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Which keys rows attend: exactly as many as their budget, none that they do not see.
@@ -130,6 +133,9 @@ class Selection:
 
     def written(self) -> str:
         """The name and the options as text, which is how operations of ``torch.library`` take them."""
+        return self._written or self._write()
+
+    def _write(self) -> str:
         return f"{self.name} {[plain(getattr(self, option)) for option in self.options]}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import transformers
-from lm_eval_case import LENGTHS, POSITIONS, SCORED, TASKS_DIRECTORY
+from lm_eval_case import LENGTHS, POSITIONS, SCORED, manager_of
 from synthetic_tokenizers import CHAT_TEMPLATE, tokenizer_of_kind
 from tiny_models import tiny_model
 
@@ -26,14 +26,12 @@ def model_dir(tmp_path_factory):
 def run_tasks(model_dir):
     """``run_tasks(names, model, metadata, **options)``: runs tasks through ``simple_evaluate``, returns its results."""
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
 
     def run(names, model="hf", metadata=None, **options):
         arguments = {"pretrained": str(model_dir), "dtype": "float32", **options.pop("model_args", {})}
-        given = {**arguments, **(metadata or {})}
-        manager = TaskManager(include_path=str(TASKS_DIRECTORY), include_defaults=False, metadata=given)
+        manager = manager_of(**{**arguments, **(metadata or {})})
         options = {"batch_size": 1, "device": "cpu", "bootstrap_iters": 0, **options}
         return simple_evaluate(model=model, model_args=arguments, tasks=names, task_manager=manager, **options)
 

@@ -9,12 +9,16 @@ LENGTHS = [48, 96, 160]
 SCORED = 16
 
 
-def load_task(name, **metadata):
-    """A task of the package as lm-eval's task manager makes it."""
+def manager_of(**metadata):
+    """lm-eval's task manager of the package's tasks alone."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(TASKS_DIRECTORY), include_defaults=False, metadata=metadata)
-    return manager.load([name])["tasks"][name]
+    return TaskManager(include_path=str(TASKS_DIRECTORY), include_defaults=False, metadata=metadata)
+
+
+def load_task(name, **metadata):
+    """A task of the package as lm-eval's task manager makes it."""
+    return manager_of(**metadata).load([name])["tasks"][name]
 
 
 def rows(name, **metadata):
@@ -24,7 +28,5 @@ def rows(name, **metadata):
 
 def figures(results, task="nc_perplexity"):
     """The metrics of a task by name."""
-    found = results["results"][task].items()
-    return {
-        name.removesuffix(",none"): value for name, value in found if name.endswith(",none") and "_stderr" not in name
-    }
+    names = (name.removesuffix(",none") for name in results["results"][task] if name.endswith(",none"))
+    return {name: results["results"][task][f"{name},none"] for name in names if "_stderr" not in name}

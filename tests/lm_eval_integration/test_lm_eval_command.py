@@ -19,10 +19,9 @@ from nc_patch import NCConfig
 
 
 def run_command(module, *arguments, cwd, **environment):
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    known = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", module, *arguments]
-    environment = {**os.environ, **environment}
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=known | environment, timeout=300)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The lm-eval model ``nc_hf`` on a tiny random model: its arguments, what it computes, caches, records and refuses."""
 
 import shutil
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_tasks.lm_eval  # noqa: F401 - registers nc_hf
 from eval_tasks.errors import EvalError
-from eval_tasks.lm_eval.model import NCHFLM
-from eval_tasks.lm_eval.settings import located, read_config, split_arguments
+from eval_tasks.lm_eval.model import NCHFLM, located, read_config, split_arguments
 from eval_tasks.texts import python_reference
 from nc_patch import NCConfig, UnsupportedModelError
 from nc_patch.selections import Block, TopK
@@ -39,19 +39,14 @@ def one_score(model):
 
 
 def test_processes_of_several_machines_share_the_documents(model_dir, monkeypatch):
-    taken = []
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    taken, model = [], AutoModelForCausalLM.from_pretrained(model_dir)
 
-    def launched(machine, local):
-        def init(self, **_):
-            self._model = model
-            self.accelerator = SimpleNamespace(process_index=2 * machine + local, local_process_index=local)
-            self._rank, self._world_size = self.accelerator.local_process_index, 4
+    def init(self, rank, **_):
+        self._model, self._rank, self._world_size = model, rank % 2, 4  # its number on its own machine
+        self.accelerator = SimpleNamespace(process_index=rank, local_process_index=rank % 2)
 
-        return init
-
-    for machine, local in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        monkeypatch.setattr(HFLM, "__init__", launched(machine, local))
+    for rank in range(4):
+        monkeypatch.setattr(HFLM, "__init__", partialmethod(init, rank))
         lm = NCHFLM(str(model_dir), alpha=2, C=0.5)
         taken += range(lm.rank, 10, lm.world_size)  # as lm-eval deals documents out
     assert sorted(taken) == list(range(10))
@@ -190,7 +185,6 @@ def test_the_cache_of_built_requests_tells_lengths_apart(evaluate, tmp_path, mon
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ({}, {}),
         ({"selection": "window"}, {"prefill": "window", "decode": "window"}),
         (
             {"prefill": "block", "block_size": 16, "min_mass": 0.9, "tail": "drop"},

@@ -139,6 +139,7 @@ def choose_blocks(
     if kept is None:
         return choice, None
     lengths = plan.table[:, 9].long()
+    kept.nan_to_num_(nan=0.0).clamp_(max=1.0)  # a row whose scores are not numbers counts as keeping nothing
     total = torch.segment_reduce(kept.transpose(0, 1).flatten(1), "sum", lengths=lengths, axis=0, unsafe=True)
     return choice, (total / lengths[:, None]).masked_fill_(lengths[:, None] == 0, 1.0)
 
