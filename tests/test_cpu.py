@@ -15,7 +15,7 @@ from nc_patch.ops.rounding import rounding_bounds
 from nc_patch.selections import TopK, Window
 
 numba = pytest.importorskip("numba")
-launch = pytest.importorskip("nc_patch.ops.cpu.launch")
+launch, llvm, vectors = (pytest.importorskip(f"nc_patch.ops.cpu.{name}") for name in ("launch", "llvm", "vectors"))
 
 SELECTIONS = ("topk", "window", "dense", "block")
 
@@ -80,6 +80,31 @@ def test_results_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
         outputs.append([sparse_attention(**call, key=key, value=value, alpha=2.0, C=0.6) for call in calls])
     assert all(torch.equal(x, first) for found in outputs for x, first in zip(found, outputs[0], strict=True))
+
+
+@pytest.mark.parametrize("by_instruction", [True, False])
+def test_products_of_pairs_of_bfloat16_are_exact(by_instruction, monkeypatch):
+    if by_instruction and not llvm._PAIRS:
+        pytest.skip("this CPU has no instruction for them")
+    monkeypatch.setattr(llvm, "_PAIRS", by_instruction)
+
+    @numba.njit
+    def multiply(x, y, z, depth):
+        vectors.product((x, 4 * depth), 4, (y, 128), (z, 128), depth, 2, 32, 0, 1)
+
+    x, y = (torch.randint(-9, 10, (rows, 22)).bfloat16() for rows in (2, 32))
+    pairs, product = y.view(torch.float32).T.contiguous(), torch.empty(2, 32)
+    multiply(x.data_ptr(), pairs.data_ptr(), product.data_ptr(), 11)
+    assert torch.equal(product, (x.double() @ y.double().T).float())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_keys_of_bfloat16_may_lie_anywhere(selection, first):
+    query, key, value = (torch.randn(2, heads, 150, 19).bfloat16() for heads in (6, 2, 2))
+    tensors = (query[..., first : first + 18], key[..., first : first + 18], value)
+    found, expected = on_both(*tensors, alpha=2.0, C=0.5, selection=selection)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("selection", ["dense", "window", "topk"])

@@ -12,7 +12,7 @@ from nc_patch.ops.cpu import rows, vectors
 from nc_patch.ops.cpu.launch import memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, TILE_ROWS
 from nc_patch.ops.cpu.rows import INF, compiled, padded
-from nc_patch.ops.cpu.vectors import f32, fill, i32, pair_product, product, set_f32, set_i32
+from nc_patch.ops.cpu.vectors import f32, fill, i32, product, set_f32, set_i32
 
 # Keys whose scores are held at once, and bytes of a key's.
 PIECE, _KEY = 1024, 4 * COLUMNS
@@ -54,13 +54,9 @@ def set_column(p, at, column, row, gap, after):
     set_i32(at.limits, COLUMNS + column, row.end)
     set_i32(at.limits, 2 * COLUMNS + column, gap)
     set_i32(at.limits, 3 * COLUMNS + column, after)
-    source, depth = at.row, p.D
-    if p.pairs:
-        source, depth = rows.query_of(p, row), p.D // 2
-    else:
-        rows.read_query(p, at.row, row)
-    for d in range(depth):
-        set_i32(at.queries, COLUMNS * d + column, i32(source, d))
+    rows.read_query(p, at.row, row)
+    for d in range(p.D):
+        set_f32(at.queries, COLUMNS * d + column, f32(at.row, d))
 
 
 @compiled
@@ -79,20 +75,15 @@ def clear_run(at, count):
 @compiled
 def score_keys(p, head, at, z, first, last, clear):
     """Soft-capped raw scores of the keys ``first:last``; -inf where a column does not attend."""
-    keys, queries, count = p.key + head * p.key_h + first * p.key_n, (at.queries, _KEY), last - first
+    keys, queries, depth = p.key + head * p.key_h + first * p.key_n, (at.queries, _KEY), p.D
+    count = last - first
     whole = count // TILE_ROWS * TILE_ROWS
     for row in range(0, whole, TILE_ROWS):
         x, out = (keys + row * p.key_n, p.key_n), (z + row * _KEY, _KEY)
-        if p.pairs:
-            pair_product(x, 4, queries, out, p.D // 2, TILE_ROWS, COLUMNS, 0)
-        else:
-            product(x, 4, queries, out, p.D, TILE_ROWS, COLUMNS, 0)
+        product(x, 4, queries, out, depth, TILE_ROWS, COLUMNS, 0, p.pairs)
     for row in range(whole, count):
         x, out = (keys + row * p.key_n, p.key_n), (z + row * _KEY, _KEY)
-        if p.pairs:
-            pair_product(x, 4, queries, out, p.D // 2, 1, COLUMNS, 0)
-        else:
-            product(x, 4, queries, out, p.D, 1, COLUMNS, 0)
+        product(x, 4, queries, out, depth, 1, COLUMNS, 0, p.pairs)
     rows.cap(z, count * COLUMNS, p.scale, p.softcap)
     seen_from, seen_to, gap, after = clear
     if first < seen_from or last > seen_to or (last > gap and first < after):

@@ -277,12 +277,13 @@ Float = NewType("Float", float)
 Rows = NewType("Rows", tuple)
 Known = NewType("Known", int)
 # Or, as the last, one that is known when they run: what elements are, float32 (0), bfloat16 (1) or float16 (2); that or
-# int8 (3); or how many rows.
+# int8 (3); how many rows; or whether something is so (1).
 Kind = NewType("Kind", int)
 AnyKind = NewType("AnyKind", int)
 Few = NewType("Few", int)
+Flag = NewType("Flag", int)
 
-_VARIANTS = {Kind: (0, 1, 2), AnyKind: (0, 1, 2, 3), Few: (1, 2, 4)}
+_VARIANTS = {Kind: (0, 1, 2), AnyKind: (0, 1, 2, 3), Few: (1, 2, 4), Flag: (0, 1)}
 _TYPES = {Int: types.int64, Float: types.float32, None: types.void} | dict.fromkeys(_VARIANTS, types.int64)
 
 

@@ -58,7 +58,7 @@ def arguments_of(problem: Problem, outputs: Outputs) -> dict[str, Any]:
         "budget_h": budget.stride(1) * (budget.shape[1] > 1),
         "sinks": None if sinks is None else sinks.float().contiguous(),
         "factor": LOG2E if problem.softcap else problem.scale * LOG2E, "softcap": problem.softcap,
-        "scale": problem.scale, "kind": KINDS[query.dtype], "new": problem.new, "group": problem.group,
+        "scale": problem.scale, "kind": KINDS[outputs.output.dtype], "new": problem.new, "group": problem.group,
         "heads": key.shape[1], "Lq": query.shape[2], "N": key.shape[2], "D": query.shape[3],
         "Dv": outputs.output.shape[3], "width": value.shape[3], **outputs._asdict(),
     }  # fmt: skip
@@ -70,21 +70,23 @@ def parts_of(
     """A few key/value heads of one sequence at a time, so that copies take bounded memory.
 
     Yields their sequence, which they are, and what a kernel takes of them: values ``[1, heads, N, width]`` are float32
-    with zeros behind Dv up to a multiple of 16; keys too, or see ``in_panels``. With ``pairs`` keys are bfloat16, as
-    they are, of an even number of elements.
+    with zeros behind Dv up to a multiple of 16; keys too, or see ``in_panels``. Queries and keys of bfloat16 are taken
+    in ``pairs``, each of which counts as one element.
     """
-    key, value, group = problem.key, problem.value, problem.group
+    query, key, value, group = problem.query, problem.key, problem.value, problem.group
+    pairs = key.dtype == torch.bfloat16 and key.shape[3] % 2 == 0
+    if pairs:
+        query, key = as_pairs(query), as_pairs(key)
     B, Hkv, N, D = key.shape
-    pairs = key.dtype == torch.bfloat16 and D % 2 == 0 and not panels
     at_once = max(1, min(Hkv, _MOST_BYTES // max(4 * N * D, 1)))
     if not panels and _is_ready(key, 1) and _is_ready(value, LANES):
         at_once = Hkv
     for b, first in itertools.product(range(B), range(0, Hkv, at_once)):
         row, heads = slice(b, b + 1), slice(first, min(first + at_once, Hkv))
         of = slice(heads.start * group, heads.stop * group)
-        keys = last_dense(key[row, heads]) if pairs else in_panels(key[row, heads]) if panels else as_rows(key[row, heads], 1)
+        keys = key[row, heads]
         part = problem._replace(
-            query=problem.query[row, of], key=keys,
+            query=query[row, of], key=in_panels(keys) if panels else as_rows(keys, 1),
             value=as_rows(value[row, heads], LANES), visible=problem.visible[row], origin=problem.origin[row],
             budget=problem.budget[row, of] if problem.budget.shape[1] > 1 else problem.budget[row],
             sinks=None if problem.sinks is None else problem.sinks[of],
@@ -92,6 +94,12 @@ def parts_of(
         further = (None if each is None else each[row, of] for each in outputs[1:])
         written = Outputs(outputs.output[row, of], *further)
         yield b, heads, arguments_of(part, written) | {"N": N, "pairs": pairs}
+
+
+def as_pairs(tensor: torch.Tensor) -> torch.Tensor:
+    """``[B, H, N, D]`` in bfloat16, D even, as ``[B, H, N, D / 2]`` whose floats are the bits of pairs of elements."""
+    fits = tensor.stride(3) == 1 and not any(size % 2 for size in (*tensor.stride()[:3], tensor.storage_offset()))
+    return (tensor if fits else tensor.clone(memory_format=torch.contiguous_format)).view(torch.float32)
 
 
 def as_rows(tensor: torch.Tensor, multiple: int) -> torch.Tensor:

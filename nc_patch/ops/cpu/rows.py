@@ -88,15 +88,10 @@ def leave_gap(low, high, row):
 
 
 @compiled
-def query_of(p, row):
-    """The address of a row's query."""
-    return p.query + row.batch * p.query_b + row.head * p.query_h + row.i * p.query_n
-
-
-@compiled
 def read_query(p, target, row):
-    """A row's query as floats."""
-    read_row(target, query_of(p, row), p.D, p.kind)
+    """A row's query as floats, or in pairs, see ``parts.as_pairs``."""
+    source = p.query + row.batch * p.query_b + row.head * p.query_h + row.i * p.query_n
+    read_row(target, source, p.D, 0 if p.pairs else p.kind)
 
 
 @compiled
@@ -335,6 +330,6 @@ def add_product(x, x_next, y, out, depth, rows, width):
     for row in range(0, rows, TILE_ROWS):
         x_row, z = (x[0] + row * x[1], x[1]), out[0] + row * out[1]
         for column in range(0, whole, COLUMNS):
-            product(x_row, x_next, (y[0] + 4 * column, y[1]), (z + 4 * column, out[1]), depth, TILE_ROWS, COLUMNS, 1)
+            product(x_row, x_next, (y[0] + 4 * column, y[1]), (z + 4 * column, out[1]), depth, TILE_ROWS, COLUMNS, 1, 0)
         if whole < width:
-            product(x_row, x_next, (y[0] + 4 * whole, y[1]), (z + 4 * whole, out[1]), depth, TILE_ROWS, LANES, 1)
+            product(x_row, x_next, (y[0] + 4 * whole, y[1]), (z + 4 * whole, out[1]), depth, TILE_ROWS, LANES, 1, 0)

@@ -236,35 +236,23 @@ def hide_columns(b: Builder, z: Int, rows: Int, first: Int, limits: Int) -> None
 
 @instruction
 def product(
-    b: Builder, x: Rows, x_next: Int, y: Rows, z: Rows, depth: Int, rows: vec.Known, columns: vec.Known, adds: vec.Known
-) -> None:
+    b: Builder, x: Rows, x_next: Int, y: Rows, z: Rows, depth: Int, rows: vec.Known, columns: vec.Known,
+    adds: vec.Known, pairs: vec.Flag,
+) -> None:  # fmt: skip
     """The product z ``[rows, columns]`` of x ``[rows, depth]`` and y ``[depth, columns]``.
 
     Each element is one chain of multiply-adds along the depth. Elements of a row of x lie ``x_next`` bytes apart.
-    ``columns`` are 16 or 32. ``adds`` 1: the whole product is added to z.
+    ``columns`` are 16 or 32. ``adds`` 1: the whole product is added to z. ``pairs`` 1: elements of x and y are pairs of
+    bfloat16, whose products are both added.
     """
-    _product(b, vec.fma, x, x_next, y, z, depth, rows, columns, adds)
-
-
-@instruction
-def pair_product(
-    b: Builder, x: Rows, x_next: Int, y: Rows, z: Rows, depth: Int, rows: vec.Known, columns: vec.Known, adds: vec.Known
-) -> None:
-    """``product`` where each element of x and y is a pair of bfloat16, which are multiplied with each other."""
-    _product(b, vec.add_pairs, x, x_next, y, z, depth, rows, columns, adds)
-
-
-def _product(
-    b: Builder, multiply: Any, x: Any, x_next: Value, y: Any, z: Any, depth: Value, rows: int, columns: int, adds: int
-) -> None:
-    vectors = range(0, columns, LANES)
+    vectors, multiply = range(0, columns, LANES), vec.add_pairs if pairs else vec.fma
     x_rows, z_rows = ([b.add(at, b.mul(step, constant(vec.I64, r))) for r in range(rows)] for at, step in (x, z))
 
     def body(k: Value, at: Value, along: Value, *sums: Value) -> list[Value]:
         of_y = [load(b, at, first) for first in vectors]
         of_x = [vec.splat(b, load(b, b.add(row, along), kind=vec.F32)) for row in x_rows]
         terms = zip(itertools.product(of_x, of_y), sums, strict=True)
-        return [b.add(at, y[1]), b.add(along, x_next), *(multiply(b, *each, total) for each, total in terms)]
+        return [b.add(at, y[1]), b.add(along, x_next), *(multiply(b, *term, total) for term, total in terms)]
 
     begin = [y[0], constant(vec.I64, 0), *[vec.ZERO] * (rows * len(vectors))]
     places = itertools.product(z_rows, vectors)

@@ -11,7 +11,7 @@ from numba import carray
 from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu.launch import Kernel, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
-from nc_patch.ops.cpu.parts import Outputs, as_rows, in_panels, parts_of
+from nc_patch.ops.cpu.parts import Outputs, as_pairs, as_rows, in_panels, parts_of
 from nc_patch.ops.cpu.recent import result_of
 from nc_patch.ops.cpu.rows import INF, add_product, budget_of, cap, compiled, pad_row, padded, row_in, softmax_row
 from nc_patch.ops.cpu.vectors import f32, fill, i32, product, set_f32, set_i32
@@ -36,6 +36,7 @@ def cpu_topk_attention(problem: Problem, sink_keys: int, recent_keys: int) -> At
     for b, heads, arguments in parts_of(problem, outputs, panels=True):
         if means is not None:
             key, value = (mean[b : b + 1, heads] for mean in means)
+            key = as_pairs(key) if arguments["pairs"] else key
             arguments |= {"mean_key": in_panels(key), "mean_value": as_rows(value, LANES), "mean_count": key.shape[2]}
         # Of a tile: queries, scores, those of page means, output, its factors; of a row: its best, their places, counts
         # of pages, and a sample.
@@ -67,11 +68,11 @@ def _attend_kernel(pointer, item, scratch):
     low = min(low, high)
     base = low // COLUMNS * COLUMNS
     width = high - base
-    _score((x, x_step), p.D, p.key + head * p.key_h + base // COLUMNS * p.key_n, width, (z, step), tile)
+    _score(p, (x, x_step), p.key + head * p.key_h + base // COLUMNS * p.key_n, width, (z, step), tile)
     slots = 0
     if p.mean_count != 0 and not whole:
         slots = min(high // PAGE + 1, p.mean_count)
-        _score((x, x_step), p.D, p.mean_key + head * p.mean_key_h, slots, (means, means_step), tile)
+        _score(p, (x, x_step), p.mean_key + head * p.mean_key_h, slots, (means, means_step), tile)
     # The slots of the pages that count for any row: what others hold may be of keys that no query sees.
     first_slot, last_slot = slots, 0
     values = p.value + head * p.value_h
@@ -110,12 +111,13 @@ def _attend_kernel(pointer, item, scratch):
 
 
 @compiled
-def _score(x, depth, panels, count, z, rows):
+def _score(p, x, panels, count, z, rows):
     """Scores of rows of floats against the first ``count`` keys in panels, and against the rest of the last panel."""
     for panel in range(of_rows.tiles_in(count)):
-        keys, target = (panels + panel * depth * 4 * COLUMNS, 4 * COLUMNS), z[0] + panel * 4 * COLUMNS
+        keys, target = (panels + panel * p.D * 4 * COLUMNS, 4 * COLUMNS), z[0] + panel * 4 * COLUMNS
         for row in range(0, rows, TILE_ROWS):
-            product((x[0] + row * x[1], x[1]), 4, keys, (target + row * z[1], z[1]), depth, TILE_ROWS, COLUMNS, 0)
+            x_row, out = (x[0] + row * x[1], x[1]), (target + row * z[1], z[1])
+            product(x_row, 4, keys, out, p.D, TILE_ROWS, COLUMNS, 0, p.pairs)
 
 
 @compiled
