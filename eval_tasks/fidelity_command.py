@@ -114,6 +114,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The rows of ``fidelity``, and what they were measured on."""
     lengths, methods = ascending(arguments.lengths), sorted(set(arguments.methods), key=order_of)
     budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at)
+    if lengths[0] < ROWS:
+        raise EvalError(f"--lengths must be at least {ROWS}, as many queries as are compared, got {lengths[0]}")
     for name in methods:
         _config(name, budgets, max(lengths))
     loaded, source = options.load_chosen_model(arguments), load_text(arguments.text)

@@ -17,8 +17,8 @@ from nc_patch.version import __version__
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 INSTALL_EVAL = "pip install -e '.[eval]' in the checkout of nc_patch"
-_REQUIRED = ("accelerate", "matplotlib", "numpy", "pandas", "psutil", "scipy", "torch", "tqdm", "transformers")
-_OF_BENCH = ("matplotlib", "pandas", "psutil", "torch", "transformers")
+_REQUIRED = ("accelerate", "datasets", "evaluate", "jinja2", "matplotlib", "pandas", "psutil", "scipy")
+_OF_BENCH = ("matplotlib", "pandas", "psutil")
 
 
 class Command(NamedTuple):

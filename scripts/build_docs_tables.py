@@ -114,10 +114,13 @@ def quality(run: str = "prefill") -> str:
 def speed() -> str:
     """Time of the default on a CPU as a share of dense attention's, of prompts and of steps of decoding."""
     record = _read("cpu.json")
-    sizes = [(f"a prompt of {int(n):,} tokens", found["default"]) for n, found in record["prompts"].items()]
-    sizes += [(f"a token after {int(n):,}", found["topk with means"]) for n, found in record["steps"].items()]
-    rows = [[size, f"{found['over_dense']:.2f}"] for size, found in sizes]
-    return _markdown(["SmolLM2-135M, two cores", "time over dense"], rows)
+    sizes = [(f"a prompt of {int(n):,} tokens", ("prompts", n, "default")) for n in record["prompts"]]
+    sizes += [(f"a token after {int(n):,}", ("steps", n, "topk with means")) for n in record["steps"]]
+    rows = [
+        [size, *(f"{of[a][n][b]['over_dense']:.2f}" for of in (record, record["bfloat16"]))]
+        for size, (a, n, b) in sizes
+    ]
+    return _markdown(["time over dense", "float32", "bfloat16"], rows)
 
 
 def times() -> str:

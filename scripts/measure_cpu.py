@@ -26,6 +26,7 @@ from nc_patch.ops.problem import Problem, causal_intervals
 from nc_patch.selections import Block, TopK
 
 PARTS = ("operator", "steps", "prompts", "track")
+DTYPES = ("float32", "bfloat16", "float16")
 LAW = {"alpha": 4.0, "C": 0.6}
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 Options = dict[str, Any] | None
@@ -50,9 +51,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--context", type=int, default=8128, help="tokens before the first step that is timed")
     add("--lengths", type=int, nargs="*", default=[1024, 2048, 4096, 8192], help="of prompts")
     add("--repeats", type=int, default=5, help="timed rounds of operators; of prompts half as many")
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the model; what is not float32 is recorded by this name")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they were")
-    arguments, record = measurement.start(argv)
-    loaded = load_model(arguments.model, "float32", "cpu")
+    arguments, whole = measurement.start(argv)
+    record = whole if arguments.dtype == DTYPES[0] else whole.setdefault(arguments.dtype, {})
+    loaded = load_model(arguments.model, arguments.dtype, "cpu")
     _, ids = read(loaded, "python-reference", max([*arguments.lengths, arguments.context + 40]))
     model, repeats = loaded.model, arguments.repeats
     with torch.inference_mode():
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
                 "decoding": tracked(partial(steps, model, ids, context), 32),
             }
             print("with track=True over without", record["track"])
-    measurement.save(**{part: record[part] for part in PARTS if part in record})
+    measurement.save(**{part: whole[part] for part in (*PARTS, *DTYPES) if part in whole})
 
 
 def seconds_of(run: Callable[[], Any], model: Any = None, options: Options = None) -> float:

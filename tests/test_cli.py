@@ -79,7 +79,7 @@ SHOWN_BY_THE_MODEL = ("does not run on this model and device", "is for 2 layers 
         ("fidelity --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
         ("fidelity --methods dense", "dense is no sparse attention of this package"),
         ("fidelity --methods kvpress:SnapKVPress", "kvpress:SnapKVPress is no sparse attention of this package"),
-        ("fidelity --lengths 32", "between 64 and the 32 tokens"),
+        ("fidelity --lengths 32", "--lengths must be at least 64, as many queries as are compared, got 32"),
         ("calibrate --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
         ("calibrate --lengths 64", "at least two different numbers of tokens"),
         ("calibrate --fraction 2", "fraction must be a number"),

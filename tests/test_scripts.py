@@ -33,11 +33,14 @@ def test_recall_scores_the_passage_that_a_stretch_begins_with():
 def test_times_on_a_cpu_are_written_beside_those_of_dense_attention(tmp_path, subword_model):
     out = tmp_path / "cpu.json"
     out.write_text('{"steps": {"8": {"dense": 1}}}')
-    measure_cpu.main(["--model", subword_model, "--context", "8", "--lengths", "--parts", "prompts", "--out", str(out)])
-    assert json.loads(out.read_text())["steps"] == {"8": {"dense": 1}}
+    few = ["--context", "8", "--lengths", "--parts", "prompts", "--dtype", "bfloat16"]
+    measure_cpu.main(["--model", subword_model, *few, "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert (record["steps"], record["bfloat16"]) == ({"8": {"dense": 1}}, {"prompts": {}})
     sizes = ["--keys", "2048", "--context", "1030", "--lengths", "1040", "--repeats", "1"]
     measure_cpu.main(["--model", subword_model, *sizes, "--out", str(out)])
     record = json.loads(out.read_text())
+    assert record["bfloat16"] == {"prompts": {}}
     assert list(record["steps"]["1030"]) == list(measure_cpu.STEPS)
     assert list(record["prompts"]["1040"]) == list(measure_cpu.PROMPTS)
     assert {"topk with means", "topk", "block"} < record["operator"]["2048"].keys()
