@@ -30,7 +30,8 @@ def rounding_bounds(kept: torch.Tensor, problem: Problem) -> torch.Tensor:
         start = visible[..., 0].masked_fill(empty, Lk).amin(-1)[:, None, None]
         end = visible[..., 1].amax(-1)[:, None, None]
         largest = norms(key).masked_fill((position < start) | (position >= end), 0.0).amax(-1)
-    size = (norms(query) * largest.repeat_interleave(problem.group, 1)[..., None]).double()
+    of_query, of_key = norms(query).double(), largest.double().repeat_interleave(problem.group, 1)[..., None]
+    size = of_query * of_key
     kept = kept.double().clamp(0, 1)
     rest = 1 - kept
     # What a dot product of float32 may be off by, and be rounded, and then a score. Matrix units may cut where others
@@ -38,7 +39,9 @@ def rounding_bounds(kept: torch.Tensor, problem: Problem) -> torch.Tensor:
     factors = _FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
     product = 4 * (D + 16) * HALF_ULP + 2 * factors + factors**2
     magnitude = (scale * size).clamp(max=problem.softcap or math.inf)
-    off = size * (scale * product) + magnitude * (16 * HALF_ULP) + 2 * scale * SMALLEST
+    # Products of bfloat16 may take for zero what is smaller than every normal number.
+    vanishing = SMALLEST + (of_query + of_key) * (math.sqrt(D) * torch.finfo(torch.float32).tiny)
+    off = size * (scale * product) + magnitude * (16 * HALF_ULP) + 2 * scale * vanishing
     # Twice: what is attended may be lower and the rest higher than computed.
     shift = torch.exp(2 * off)
     slack = magnitude * (8 * HALF_ULP) + (_SUM_SLACK + 8 * HALF_ULP * math.log(max(Lk, 2)))
