@@ -114,12 +114,12 @@ def quality(run: str = "prefill") -> str:
 def speed() -> str:
     """Time of the default on a CPU as a share of dense attention's, of prompts and of steps of decoding."""
     record = _read("cpu.json")
-    sizes = [(f"a prompt of {int(n):,} tokens", ("prompts", n, "default")) for n in record["prompts"]]
-    sizes += [(f"a token after {int(n):,}", ("steps", n, "topk with means")) for n in record["steps"]]
-    rows = [
-        [size, *(f"{of[a][n][b]['over_dense']:.2f}" for of in (record, record["bfloat16"]))]
-        for size, (a, n, b) in sizes
-    ]
+    rows = []
+    for part, size in (("prompts", "a prompt of {:,} tokens"), ("steps", "a token after {:,}")):
+        for tokens, found in record[part].items():
+            in_bfloat16 = record["bfloat16"][part][tokens]
+            times = (f"{each['default']['over_dense']:.2f}" for each in (found, in_bfloat16))
+            rows.append([size.format(int(tokens)), *times])
     return _markdown(["time over dense", "float32", "bfloat16"], rows)
 
 

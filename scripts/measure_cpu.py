@@ -33,13 +33,15 @@ Options = dict[str, Any] | None
 Methods = dict[str, Callable[[], float]]  # what runs once, and returns its seconds, by name
 STEPS: dict[str, Any] = {
     "dense": None,
+    "dense, patched": {"alpha": 1.0, "C": 1.0},
+    "default": {},
     "topk with means": LAW | {"selection": "topk"},
     "topk": LAW | {"selection": "topk", "tail": "drop"},
     "block": LAW | {"selection": "block"},
     "window": LAW | {"selection": "window"},
 }
 # Prompts by blocks are followed by decoding by top-k, as by default.
-PROMPTS = {"dense": None, "dense, patched": {"alpha": 1.0, "C": 1.0}, "default": {}, **STEPS, "block": LAW}
+PROMPTS = {**STEPS, "block": LAW}
 TRACKED = {"topk": LAW | {"selection": "topk"}, "window": STEPS["window"], "block": STEPS["block"]}
 
 
