@@ -120,7 +120,7 @@ def speed() -> str:
             in_bfloat16 = record["bfloat16"][part][tokens]
             times = (f"{each['default']['over_dense']:.2f}" for each in (found, in_bfloat16))
             rows.append([size.format(int(tokens)), *times])
-    return _markdown(["time over dense", "float32", "bfloat16"], rows)
+    return _markdown(["time over the unpatched model's", "float32", "bfloat16"], rows)
 
 
 def times() -> str:

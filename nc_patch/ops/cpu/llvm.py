@@ -108,9 +108,10 @@ def add_pairs(b: Builder, x: Value, y: Value, z: Value) -> Value:
     if _PAIRS:
         pairs = [b.bitcast(each, _PAIRS_OF_BFLOAT16) for each in (x, y)]
         return call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, (z, *pairs))
-    upper, lower = constant(INTS, -(1 << 16)), constant(INTS, 16)
-    for part in (lambda bits: b.and_(bits, upper), lambda bits: b.shl(bits, lower)):
-        z = fma(b, *(b.bitcast(part(b.bitcast(each, INTS)), FLOATS) for each in (x, y)), z)
+    words, upper, half = [b.bitcast(each, INTS) for each in (x, y)], constant(INTS, -(1 << 16)), constant(INTS, 16)
+    for halves in ([b.and_(word, upper) for word in words], [b.shl(word, half) for word in words]):
+        one, other = (b.bitcast(each, FLOATS) for each in halves)
+        z = fma(b, one, other, z)
     return z
 
 
