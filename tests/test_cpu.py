@@ -1,5 +1,6 @@
 """The kernels for CPUs: what is theirs alone, whatever the threads, the processes, and what is installed."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -96,6 +97,14 @@ def test_products_of_pairs_of_bfloat16_are_exact(by_instruction, monkeypatch):
     pairs, product = y.view(torch.float32).T.contiguous(), torch.empty(2, 32)
     multiply(x.data_ptr(), pairs.data_ptr(), product.data_ptr(), 11)
     assert torch.equal(product, (x.double() @ y.double().T).float())
+
+
+def test_instructions_are_those_that_numba_may_compile_to():
+    command = [sys.executable, "-c", "from nc_patch.ops.cpu import llvm; print(llvm._WIDE, llvm._PAIRS)"]
+    environment = os.environ | {"NUMBA_ENABLE_AVX": "0"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.stdout == "False False\n", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -12,12 +12,14 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 LANES = 16
 # Columns of a tile, such as the scores of 32 queries: a row of them is one vector too.
 COLUMNS = 32
-_FEATURES = (config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()).split(",")
+# As Numba compiles for.
+_FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
 # Whether a vector of 16 is one register, of 32; else it takes two or four, of 16 or 32.
 _WIDE = "+avx512f" in _FEATURES
 # Whether there is an instruction that multiplies pairs of bfloat16.
