@@ -86,6 +86,8 @@ def as_integer(value: Any) -> int | None:
 
 def as_number(value: Any) -> int | float | None:
     """The value as an int, which may be beyond every float, or as a float; None where it is no real number."""
+    if type(value) is float:  # or a symbol, see ``plain``
+        return value
     integer = as_integer(value)
     value = plain(value)
     if integer is not None or isinstance(value, bool) or not hasattr(type(value), "__float__"):

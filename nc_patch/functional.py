@@ -230,11 +230,7 @@ def check_scale(scale: float | None, softcap: float | None, head_dim: int) -> fl
         return scale
     given = (("scale", scale, "a positive number"), ("softcap", softcap, "a positive number or None"))
     for name, value, allowed in given:
-        if value is None:
-            continue
-        found: Any = value
-        if type(value) is not float:  # which in a graph may be a symbol
-            found = as_number(value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value)
-        if found is None or not 0 < found <= _LARGEST:
+        found = as_number(value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value)
+        if value is not None and (found is None or not 0 < found <= _LARGEST):
             raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return head_dim**-0.5 if scale is None else float(scale)

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     model, repeats = loaded.model, arguments.repeats
     with torch.inference_mode():
         if "operator" in arguments.parts:
-            found = {keys: in_turns(decoding(keys), 3 * repeats, cold=True) for keys in arguments.keys}
+            found = {keys: in_turns(decoding(keys, model.dtype), 3 * repeats, cold=True) for keys in arguments.keys}
             record["operator"] = over_dense("decoding over {:,} keys", found)
         if "steps" in arguments.parts:
             found = {arguments.context: in_turns(steps(model, ids, arguments.context, STEPS), 32)}
@@ -115,11 +115,11 @@ def over_dense(title: str, found: dict[int, dict[str, float]]) -> dict[str, Any]
     return rows
 
 
-def decoding(keys: int) -> Methods:
+def decoding(keys: int, dtype: torch.dtype) -> Methods:
     """Attention of one query over so many keys, by name."""
     draw = torch.Generator().manual_seed(0)
-    query = 1.5 * torch.randn(1, HEADS, 1, HEAD_DIM, generator=draw)
-    key, value = (torch.randn(1, KV_HEADS, keys, HEAD_DIM, generator=draw) for _ in range(2))
+    query = (1.5 * torch.randn(1, HEADS, 1, HEAD_DIM, generator=draw)).to(dtype)
+    key, value = (torch.randn(1, KV_HEADS, keys, HEAD_DIM, generator=draw).to(dtype) for _ in range(2))
     rows = query.view(1, KV_HEADS, -1, HEAD_DIM)
     # As a layer of a patched model asks for it: intervals and budgets are worked out once for all layers.
     visible = causal_intervals(1, 1, keys, "cpu")

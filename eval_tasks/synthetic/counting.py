@@ -25,13 +25,16 @@ def _common_words(request: Request) -> Recipe:
         shown, example_repeats, repeats = 20, (3, 1), (6, 1)
     else:
         shown, example_repeats, repeats = 0, (0, 0), (3, 1)
+    name = f"{request.key}/{request.seed}/{request.index}"
+    stream, drawn = distinct_words(name), list[str]()
 
-    def words(count: int, purpose: str = "") -> list[str]:
-        return list(islice(distinct_words(f"{request.key}/{request.seed}/{request.index}{purpose}"), count))
+    def words(count: int) -> list[str]:
+        drawn.extend(islice(stream, max(count - len(drawn), 0)))
+        return drawn[:count]
 
     opening = ""
     if shown:
-        listed = words(shown, "/example")
+        listed = list(islice(distinct_words(f"{name}/example"), shown))
         asked = _common_question(listed, example_repeats, request.random("example"))
         opening = f"{asked} {_COMMON_PREFIX} {_numbered(listed[:_COMMON])}\n"
 

@@ -59,6 +59,7 @@ def arguments_of(problem: Problem, outputs: Outputs) -> dict[str, Any]:
         "sinks": None if sinks is None else sinks.float().contiguous(),
         "factor": LOG2E if problem.softcap else problem.scale * LOG2E, "softcap": problem.softcap,
         "scale": problem.scale, "kind": KINDS[outputs.output.dtype], "new": problem.new, "group": problem.group,
+        "pairs": query.dtype != outputs.output.dtype,
         "heads": key.shape[1], "Lq": query.shape[2], "N": key.shape[2], "D": query.shape[3],
         "Dv": outputs.output.shape[3], "width": value.shape[3], **outputs._asdict(),
     }  # fmt: skip
@@ -73,10 +74,7 @@ def parts_of(
     with zeros behind Dv up to a multiple of 16; keys too, or see ``in_panels``. Queries and keys of bfloat16 are taken
     in ``pairs``, each of which counts as one element.
     """
-    query, key, value, group = problem.query, problem.key, problem.value, problem.group
-    pairs = key.dtype == torch.bfloat16 and key.shape[3] % 2 == 0
-    if pairs:
-        query, key = as_pairs(query), as_pairs(key)
+    query, key, value, group = in_pairs(problem.query), in_pairs(problem.key), problem.value, problem.group
     B, Hkv, N, D = key.shape
     at_once = max(1, min(Hkv, _MOST_BYTES // max(4 * N * D, 1)))
     if not panels and _is_ready(key, 1) and _is_ready(value, LANES):
@@ -93,11 +91,16 @@ def parts_of(
         )  # fmt: skip
         further = (None if each is None else each[row, of] for each in outputs[1:])
         written = Outputs(outputs.output[row, of], *further)
-        yield b, heads, arguments_of(part, written) | {"N": N, "pairs": pairs}
+        yield b, heads, arguments_of(part, written) | {"N": N}
 
 
-def as_pairs(tensor: torch.Tensor) -> torch.Tensor:
-    """``[B, H, N, D]`` in bfloat16, D even, as ``[B, H, N, D / 2]`` whose floats are the bits of pairs of elements."""
+def in_pairs(tensor: torch.Tensor) -> torch.Tensor:
+    """Queries or keys ``[B, H, N, D]`` in bfloat16 as ``[B, H, N, D / 2]`` whose floats are the bits of pairs of them.
+
+    Others, and those of an odd D, as they are.
+    """
+    if tensor.dtype != torch.bfloat16 or tensor.shape[3] % 2:
+        return tensor
     fits = tensor.stride(3) == 1 and not any(size % 2 for size in (*tensor.stride()[:3], tensor.storage_offset()))
     return (tensor if fits else tensor.clone(memory_format=torch.contiguous_format)).view(torch.float32)
 

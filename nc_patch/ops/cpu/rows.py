@@ -89,7 +89,7 @@ def leave_gap(low, high, row):
 
 @compiled
 def read_query(p, target, row):
-    """A row's query as floats, or in pairs, see ``parts.as_pairs``."""
+    """A row's query as floats, or in pairs, see ``parts.in_pairs``."""
     source = p.query + row.batch * p.query_b + row.head * p.query_h + row.i * p.query_n
     read_row(target, source, p.D, 0 if p.pairs else p.kind)
 

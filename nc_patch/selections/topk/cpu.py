@@ -11,7 +11,7 @@ from numba import carray
 from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu.launch import Kernel, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
-from nc_patch.ops.cpu.parts import Outputs, as_pairs, as_rows, in_panels, parts_of
+from nc_patch.ops.cpu.parts import Outputs, as_rows, in_pairs, in_panels, parts_of
 from nc_patch.ops.cpu.recent import result_of
 from nc_patch.ops.cpu.rows import INF, add_product, budget_of, cap, compiled, pad_row, padded, row_in, softmax_row
 from nc_patch.ops.cpu.vectors import f32, fill, i32, product, set_f32, set_i32
@@ -36,8 +36,8 @@ def cpu_topk_attention(problem: Problem, sink_keys: int, recent_keys: int) -> At
     for b, heads, arguments in parts_of(problem, outputs, panels=True):
         if means is not None:
             key, value = (mean[b : b + 1, heads] for mean in means)
-            key = as_pairs(key) if arguments["pairs"] else key
-            arguments |= {"mean_key": in_panels(key), "mean_value": as_rows(value, LANES), "mean_count": key.shape[2]}
+            arguments |= {"mean_key": in_panels(in_pairs(key)), "mean_value": as_rows(value, LANES)}
+            arguments["mean_count"] = key.shape[2]
         # Of a tile: queries, scores, those of page means, output, its factors; of a row: its best, their places, counts
         # of pages, and a sample.
         of_tile = (padded(arguments["D"]), columns, slots, arguments["width"], 1)
