@@ -4,7 +4,7 @@ So keys are read as they lie, masks and maxima take whole vectors, and the produ
 columns. Runs of keys longer than a piece are attended piece by piece, with a running maximum.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,8 @@ PIECE, _KEY = 1024, 4 * COLUMNS
 
 class Columns(NamedTuple):
     """Addresses of what 32 queries have in scratch memory: queries ``[D, 32]``, limits as of ``hide_columns``, scores
-    ``[PIECE, 32]``, outputs ``[32, width]``, maxima and sums of exponentials, what is taken from scores; and a row.
+    ``[PIECE, 32]``, outputs ``[32, width]``, maxima and sums of exponentials, what is taken from scores; a row; and
+    values that are converted, ``[PIECE, width]``.
     """
 
     queries: int
@@ -31,17 +32,19 @@ class Columns(NamedTuple):
     sums: int
     shifts: int
     row: int
+    values: int
 
 
-def sizes(D: int, width: int) -> list[int]:
-    """Floats of each of ``Columns``, the first arrays of a launch."""
-    return [COLUMNS * D, COLUMNS * 4, COLUMNS * PIECE, COLUMNS * width, COLUMNS, COLUMNS, COLUMNS, padded(D)]
+def sizes(arguments: dict[str, Any]) -> list[int]:
+    """Floats of each of ``Columns``, the first arrays of a launch with such arguments."""
+    D, width, converted = arguments["D"], arguments["width"], PIECE * arguments["converts"]
+    return [COLUMNS * D, COLUMNS * 4, COLUMNS * PIECE, COLUMNS * width, *[COLUMNS] * 3, padded(D), converted * width]
 
 
 @compiled
 def columns_at(p, scratch):
     """Columns that are all zero and see nothing."""
-    at = Columns(*memory_of(p, scratch)[:8])
+    at = Columns(*memory_of(p, scratch)[:9])
     fill(at.queries, COLUMNS * p.D, np.float32(0))
     fill(at.limits, COLUMNS * 4, np.float32(0))
     return at
@@ -143,6 +146,10 @@ def attend_pieces(p, head, at, pieces, number, low, high, count):
         for piece in range(begin, stop):
             first, last = _within(pieces, piece, low, high)
             values = p.value + head * p.value_h + first * p.value_n, p.value_n
+            if p.converts:
+                for row in range(last - first):
+                    rows.read_row(at.values + 4 * row * p.width, values[0] + row * p.value_n, p.Dv, p.kind)
+                values = at.values, 4 * p.width
             weights, out = (at.scores + held * _KEY, 4), (at.out, 4 * p.width)
             rows.add_product(weights, _KEY, values, out, last - first, count, p.width)
             held += last - first

@@ -47,10 +47,10 @@ _INTEGERS = """
     visible origin budget budget_b budget_h sinks kind new group heads Lq N D Dv width lse lse_kept attended panels
     rows first queries sink_keys recent_keys columns slots size room count mean_count plan blocks law recent samples
     table table_b pages key_block key_row value_block value_row estimates
-    residuals center spread coded bounds bounds_n first_new tile squares pairs
+    residuals center spread coded bounds bounds_n first_new tile squares pairs converts
 """
 # Where the arrays of a launch lie in scratch memory, in bytes.
-_ARRAYS = [f"array{number}" for number in range(14)]
+_ARRAYS = [f"array{number}" for number in range(15)]
 _FLOATS = ("factor", "scale", "softcap", "per_scale")
 # What is kept on the disk depends on the sources of all kernels, as its key has the record's fields.
 _FIELDS = [*_HEADER, *_TENSORS, *chain(*_STEPS.values()), *_INTEGERS.split(), *_ARRAYS, _sources(), *_FLOATS]
@@ -103,7 +103,8 @@ def memory_of(p, scratch):
     """The addresses of the arrays that a launch has asked for; each begins at a multiple of 64."""
     return (scratch + p.array0, scratch + p.array1, scratch + p.array2, scratch + p.array3, scratch + p.array4,
             scratch + p.array5, scratch + p.array6, scratch + p.array7, scratch + p.array8, scratch + p.array9,
-            scratch + p.array10, scratch + p.array11, scratch + p.array12, scratch + p.array13)  # fmt: skip
+            scratch + p.array10, scratch + p.array11, scratch + p.array12, scratch + p.array13,
+            scratch + p.array14)  # fmt: skip
 
 
 # OpenMP's threads do not live on in a forked process, where a parallel region would wait for them for ever.

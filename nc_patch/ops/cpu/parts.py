@@ -61,37 +61,39 @@ def arguments_of(problem: Problem, outputs: Outputs) -> dict[str, Any]:
         "scale": problem.scale, "kind": KINDS[outputs.output.dtype], "new": problem.new, "group": problem.group,
         "pairs": query.dtype != outputs.output.dtype,
         "heads": key.shape[1], "Lq": query.shape[2], "N": key.shape[2], "D": query.shape[3],
-        "Dv": outputs.output.shape[3], "width": value.shape[3], **outputs._asdict(),
+        "Dv": outputs.output.shape[3], "width": padded(value.shape[3]), **outputs._asdict(),
     }  # fmt: skip
 
 
 def parts_of(
-    problem: Problem, outputs: Outputs, *, panels: bool = False
+    problem: Problem, outputs: Outputs, *, panels: bool = False, converts: bool = False
 ) -> Iterator[tuple[int, slice, dict[str, Any]]]:
     """A few key/value heads of one sequence at a time, so that copies take bounded memory.
 
     Yields their sequence, which they are, and what a kernel takes of them: values ``[1, heads, N, width]`` are float32
-    with zeros behind Dv up to a multiple of 16; keys too, or see ``in_panels``. Queries and keys of bfloat16 are taken
-    in ``pairs``, each of which counts as one element.
+    with zeros behind Dv up to a multiple of 16, unless the kernel ``converts`` them; keys too, or see ``in_panels``.
+    Queries and keys of bfloat16 are taken in ``pairs``, each of which counts as one element.
     """
     query, key, value, group = in_pairs(problem.query), in_pairs(problem.key), problem.value, problem.group
     B, Hkv, N, D = key.shape
     at_once = max(1, min(Hkv, _MOST_BYTES // max(4 * N * D, 1)))
-    if not panels and _is_ready(key, 1) and _is_ready(value, LANES):
+    converts = converts and not _is_ready(value, LANES)
+    if not panels and _is_ready(key, 1) and (converts or _is_ready(value, LANES)):
         at_once = Hkv
     for b, first in itertools.product(range(B), range(0, Hkv, at_once)):
         row, heads = slice(b, b + 1), slice(first, min(first + at_once, Hkv))
         of = slice(heads.start * group, heads.stop * group)
-        keys = key[row, heads]
+        keys, values = key[row, heads], value[row, heads]
         part = problem._replace(
             query=query[row, of], key=in_panels(keys) if panels else as_rows(keys, 1),
-            value=as_rows(value[row, heads], LANES), visible=problem.visible[row], origin=problem.origin[row],
+            value=values if converts else as_rows(values, LANES),
+            visible=problem.visible[row], origin=problem.origin[row],
             budget=problem.budget[row, of] if problem.budget.shape[1] > 1 else problem.budget[row],
             sinks=None if problem.sinks is None else problem.sinks[of],
         )  # fmt: skip
         further = (None if each is None else each[row, of] for each in outputs[1:])
         written = Outputs(outputs.output[row, of], *further)
-        yield b, heads, arguments_of(part, written) | {"N": N}
+        yield b, heads, arguments_of(part, written) | {"N": N, "converts": converts}
 
 
 def in_pairs(tensor: torch.Tensor) -> torch.Tensor:

@@ -49,9 +49,10 @@ def result_of(problem: Problem, outputs: Outputs) -> AttentionResult:
 
 def _attend(problem: Problem, first_keys: int) -> Outputs:
     outputs = Outputs.of(problem)
-    for _, _, arguments in parts_of(problem, outputs):
+    few = problem.group * problem.query.shape[2] <= COLUMNS
+    for _, _, arguments in parts_of(problem, outputs, converts=few):
         items = -(-arguments["Lq"] // _ROWS) * arguments["heads"]
-        arrays = [*columns.sizes(arguments["D"], arguments["width"]), 2 * (arguments["N"] // PIECE + 4)]
+        arrays = [*columns.sizes(arguments), 2 * (arguments["N"] // PIECE + 4)]
         _attend_kernel(items, arrays, sink_keys=first_keys, rows=_ROWS, **arguments)
     return outputs
 
@@ -62,7 +63,7 @@ def _attend_kernel(pointer, item, scratch):
     p = carray(pointer, 1)[0]
     head, first, last = of_rows.tile_of(p, item)
     rows = last - first
-    pieces = memory_of(p, scratch)[8]
+    pieces = memory_of(p, scratch)[9]
     begin = 0
     while begin < p.group * rows:
         at = columns.columns_at(p, scratch)

@@ -38,7 +38,7 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
     for b, heads, arguments in parts_of(problem, outputs):
         first = sum(counts[:b])
         _attend_kernel(
-            counts[b] * arguments["heads"], [*columns.sizes(arguments["D"], arguments["width"]), *of_block],
+            counts[b] * arguments["heads"], [*columns.sizes(arguments), *of_block],
             plan=plan.table[first:], blocks=counts[b], size=options.size, samples=plan.samples,
             law=plan.law[first:, heads].contiguous(), recent=plan.recent[first:, heads].contiguous(),
             choice=choice[first:, heads], kept=kept[first:, heads], tile=4 * COLUMNS * widest * audits, **arguments,
@@ -57,7 +57,7 @@ def _attend_kernel(pointer, item, scratch):
                          i32(at, 8), i32(at, 9))  # fmt: skip
     rows, width, start = block.last - block.first, block.width, block.begin + block.lowest * p.size
     law, recent = i32(p.law, number * p.heads + head), i32(p.recent, number * p.heads + head)
-    pieces, shares, weights, values, chosen, sample = memory_of(p, scratch)[8:]
+    pieces, shares, weights, values, chosen, sample = memory_of(p, scratch)[9:]
     if law < width or p.tile > 0:
         _weigh(p, head, scratch, block, shares, weights)
     # The first block and the heaviest of those before the recent ones; the recent ones, or all.
