@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
@@ -230,7 +229,7 @@ class NCConfig:
     def from_json(cls, text: str) -> "NCConfig":
         """The config that ``to_json`` wrote; raises ValueError for what is no JSON, and as the constructor."""
         try:
-            values = json.loads(text, object_pairs_hook=_each_once)
+            values = json.loads(text)
         except (RecursionError, ValueError) as error:
             raise ValueError(f"a config is a JSON object, and this cannot be read as one: {error}") from error
         return cls.from_dict(values)
@@ -318,14 +317,6 @@ def _layers(given: Any) -> tuple[int, ...]:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise TypeError(f"dense_layers must be a sequence of layer indices, got {shown(layers)}")
     return tuple(sorted({check_integer("dense_layers", layer, 0) for layer in layers}))
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = Counter(name for name, _ in pairs)
-    if len(names) < len(pairs):
-        twice = ", ".join(shown(name) for name, count in names.items() if count > 1)
-        raise ValueError(f"a config holds every setting once, got {twice} several times")
-    return dict(pairs)
 
 
 def _summary(value: PerHead) -> str:
