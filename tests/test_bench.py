@@ -101,18 +101,15 @@ def replays_nothing(step, *arguments, **options):
 
 
 SPARSE = "operator.sparse_attention"
-NO_MEMORY = mock.Mock(side_effect=torch.OutOfMemoryError("no 9 GB"))
 NO_KERNEL = mock.Mock(side_effect=RuntimeError("No available kernel"))
 
 
 @pytest.mark.parametrize(
     ("name", "instead", "status", "said"),
     [
-        (SPARSE, NO_MEMORY, "out of memory", "no 9 GB"),
         (SPARSE, spoiled(lambda _: torch.empty(1 << 55)), "out of memory", "tried to allocate"),
         (SPARSE, NO_KERNEL, "error", "No available kernel"),
         (SPARSE, spoiled(lambda o: o.mul_(1.01)), "wrong", "off by 0.01 from the PyTorch backend"),
-        (SPARSE, spoiled(lambda o: o[:, :, -1].zero_()), "wrong", "from the PyTorch backend"),
         (SPARSE, spoiled(lambda o: o[:, :, 200].fill_(torch.nan)), "wrong", "NaN or Inf in rows that are not compared"),
         ("operator.scaled_dot_product_attention", NO_KERNEL, "absent", "No available kernel"),
         ("measure.prepare", replays_nothing, "wrong", "from the PyTorch backend, in a CUDA graph"),
@@ -171,16 +168,6 @@ def test_methods_have_their_turns_for_three_rounds_and_then_until_the_deadline(d
     methods = {name: timing.Prepared(lambda name=name: order.append(name)) for name in "ab"}
     assert [len(taken) for taken in timing.interleave(methods, 5, CPU, deadline).values()] == [rounds] * 2
     assert order == ["a", "b"] * rounds
-
-
-def test_methods_that_were_slow_are_left_out_of_longer_cases(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "_LONG_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "interleave", lambda ready, *_: {name: [1 + 2 * (name == "topk")] for name in ready})
-    assert bench("decode", tmp_path, "--selections", "topk", "window") == 0
-    slow, left_out = rows_of("decode", tmp_path, "topk")
-    assert (slow["status"], left_out["status"]) == ("ok", "left out")
-    assert left_out["message"] == "took 3.0 times as long as the fastest dense at 64 keys"
-    assert [row["status"] for row in rows_of("decode", tmp_path, "window")] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize(("option", "attends_all"), [("dense_below=300", True), ("min_mass=0.5", False)])

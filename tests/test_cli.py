@@ -1,4 +1,4 @@
-"""The command line: exit codes and messages, all before any work; what a run needs at its end is there as it begins."""
+"""The command line: exit codes and messages, all before any work."""
 
 import importlib.util
 from pathlib import Path
@@ -42,30 +42,17 @@ SHOWN_BY_THE_MODEL = ("does not run on this model and device", "is for 2 layers 
     ("line", "message"),
     [
         ("", "usage: nc-patch"),
-        ("evaluate", "invalid choice: 'evaluate' (choose from"),
         ("report .", "holds no measurements"),
-        ("bench decode", "required: --out"),
         ("eval --out file", "is a file; give a directory"),
-        ("eval --out file/out", "cannot be written"),
         ("eval --model /no/such/model", "no model at /no/such/model"),
-        ("eval --model nobody/no-such-model", "nobody/no-such-model is no directory here"),
         ("eval --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
         ("eval --text no-such-text", "no text named 'no-such-text'"),
         ("eval --lengths 48 1024", "length 1,024 is beyond the 512 positions"),
         ("eval --lengths 8", "length 8 is too short for the task recall"),
-        ("eval --lengths 48 48", "48 is given twice"),
         ("eval --samples 99", "the text has 2,000 tokens; 99 samples of up to 96 tokens need 14,652"),
-        ("eval --samples 0", "at least 1"),
-        ("eval --seed -1", "at least 0"),
         ("eval --alpha -1", "alpha must be a positive number"),
-        ("eval --C 1.5", "C must be a number in [0, 1]"),
-        ("eval --equal-at 1", "equal_at must be a length of at least 2"),
-        ("eval --device abacus", "device must be auto, cpu, cuda"),
         ("eval --device cuda", "torch sees 0 GPUs"),
-        ("eval --dtype int8", "invalid choice: 'int8'"),
         ("eval --methods magic", "unknown method 'magic'; allowed are dense, window"),
-        ("eval --methods fixed-topk@64", "chosen by --match iso"),
-        ("eval --methods dense --match iso", "name one, for example fixed-topk"),
         ("eval --methods kvpress:SnapKVPress --match iso", "which --match iso cannot set; leave it out"),
         ("eval --methods kvpress:SnapKVPress", "--phase question"),
         ("eval --methods profile", "--profile FILE, from nc-patch calibrate"),
@@ -74,33 +61,16 @@ SHOWN_BY_THE_MODEL = ("does not run on this model and device", "is for 2 layers 
         (f"eval --profile {PROFILE}", SHOWN_BY_THE_MODEL[1]),
         ("eval --backend triton", SHOWN_BY_THE_MODEL[0]),
         ("eval --iso-keys 96 --match iso", "(96) holds all keys of every length (48 96)"),
-        ("eval --match luck", "invalid choice: 'luck'"),
-        ("eval --tasks juggling", "invalid choice: 'juggling' (choose from"),
-        ("fidelity --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
         ("fidelity --methods dense", "dense is no sparse attention of this package"),
-        ("fidelity --methods kvpress:SnapKVPress", "kvpress:SnapKVPress is no sparse attention of this package"),
         ("fidelity --lengths 32", "--lengths must be at least 64, as many queries as are compared, got 32"),
-        ("calibrate --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
-        ("calibrate --lengths 64", "at least two different numbers of tokens"),
         ("calibrate --fraction 2", "fraction must be a number"),
-        ("calibrate --fraction 0.1 --at 0", "n must be at least 1, got 0"),
         ("calibrate --at 64", "--at and --dense-below say how the budget of --fraction is counted"),
         ("calibrate --lengths 64 128 --fraction 0.1 --dense-below 64", "of all keys, and --fraction is 0.1"),
-        ("calibrate --dense-layers 9", "dense_layers must be a list of layers from 0 to 2"),
         ("calibrate --text no-such-text", "no text named 'no-such-text'"),
-        ("demo --alpha -1", "alpha must be a positive number"),
         ("demo --tokens 100000000", "has 2,000 tokens, and --tokens asks for 100,000,000"),
-        ("demo --text no-such-text", "no text named 'no-such-text'"),
-        ("bench prefill --lengths 1", "lengths must be at least 2 tokens, got 1"),
-        ("bench prefill --lengths 64 64", "the length 64 is given twice"),
-        ("bench prefill --batch 0", "must be at least 1, got 0"),
-        ("bench prefill --selections dense", "invalid choice: 'dense'"),
-        ("bench prefill --alpha -1", "alpha must be a positive number"),
         ("bench prefill --minutes 0", "--minutes must be a positive number, got 0.0"),
         ("bench prefill --device cuda", "Use --device cpu"),
         ("bench prefill --set block_size=48", "block_size must be one of"),
-        ("bench prefill --set stride=4", "unknown option stride"),
-        ("bench prefill --set dense_below", "must be OPTION=VALUE"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(home, tmp_path, capsys, monkeypatch, line, message):
@@ -121,12 +91,7 @@ def test_what_does_not_fit_is_refused_before_any_work(home, tmp_path, capsys, mo
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [
-        *(("eval", file) for file in ("report.html", "main.png", "summary.csv")),
-        *(("fidelity", file) for file in ("fidelity.json", "fidelity.png")),
-        *(("calibrate", file) for file in ("profile.json", "calibration.csv", "calibration.png")),
-        *(("bench", file) for file in ("decode.json", "decode.png")),
-    ],
+    [("eval", "main.png"), ("fidelity", "fidelity.json"), ("calibrate", "calibration.csv"), ("bench", "decode.png")],
 )
 def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(name, file, tmp_path, capsys, monkeypatch):
     for measures in ("sweep._measure_all", "fidelity_command.fidelity", "calibrate_command.calibrate"):
@@ -147,22 +112,12 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeyp
 
 
 NEEDS = f"""import sys
-def loaded(package, before=()):
-    print([name for name in sorted(set(sys.modules) - set(before)) if name.split(".")[0] == package])
 sys.modules["scipy"] = None
 import nc_patch
 nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()
-loaded("eval_tasks")
-del sys.modules["scipy"]
-import eval_tasks.report, eval_tasks.calibrate_command
-from eval_tasks.figures import Figure, to_png, to_svg
-before = set(sys.modules)
-figure = Figure()
-figure.subplots().plot([1, 2], [1, 2], label="a")
-to_png(figure), to_svg(figure)
-loaded("matplotlib", before)
+print([name for name in sys.modules if name.startswith("eval_tasks")])
 """
 
 
-def test_a_profile_needs_neither_scipy_nor_the_harness_and_a_report_nothing_more_of_matplotlib_when_it_is_drawn():
-    assert python("-c", NEEDS).split() == ["[]"] * 2
+def test_a_profile_needs_neither_scipy_nor_the_harness():
+    assert python("-c", NEEDS).strip() == "[]"

@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import json
 import re
-from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 
@@ -93,19 +92,6 @@ def test_tables_of_figures_are_those_of_the_results(capsys):
     assert build_docs_tables.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_a_table_that_is_out_of_date_is_named(tmp_path, monkeypatch, capsys):
-    tables, page = build_docs_tables, tmp_path / "page.md"
-    page.write_text("Before.\n<!-- table: budgets -->\n| old |\n<!-- end -->\nAfter.\n")
-    monkeypatch.setattr(tables, "PAGES", (page,))
-    assert tables.main(["--check"]) == 1
-    assert "page.md: tables are not those of docs/results" in capsys.readouterr().err
-    assert tables.main([]) == 0
-    assert tables.main(["--check"]) == 0
-    assert page.read_text().startswith("Before.\n<!-- table: budgets -->\n| keys of | 1,024 |")
-    assert f"{NCConfig(2.0, 0.5).budget(4096)} (3.1 %)" in page.read_text()
-    assert page.read_text().endswith("<!-- end -->\nAfter.\n")
-
-
 WITH_CODE = ("choosing", "decoding", "families", "selection", "settings", "start")
 
 
@@ -121,24 +107,6 @@ def test_code_of_a_page_runs(page, subword_model, monkeypatch):
         for name in ('"smollm2"', '"HuggingFaceTB/SmolLM2-135M-Instruct"'):
             block = block.replace(name, "NAME")
         exec(compile(block, page, "exec"), names)
-
-
-@pytest.mark.parametrize(
-    "package",
-    ["nc_patch", "nc_patch/ops", "nc_patch/ops/triton", "nc_patch/selections", "nc_patch/calibration", "eval_tasks"],
-)
-def test_every_file_and_folder_has_its_place_in_the_page_of_parts(package):
-    page = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
-    section = page.partition(f"\n## {package}\n")[2].partition("\n## ")[0]
-    named = re.findall(r"`([\w*]+(?:\.py|/))`", section)  # without those of another folder
-    there = [
-        path.name + "/" * path.is_dir()
-        for path in (ROOT / package).iterdir()
-        if not path.name.startswith("_") and (path.suffix == ".py" or path.is_dir())
-    ]
-    assert there
-    assert [name for name in there if not any(fnmatch(name, pattern) for pattern in named)] == []
-    assert [pattern for pattern in named if not any(fnmatch(name, pattern) for name in there)] == []
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "triton"])
@@ -168,9 +136,3 @@ def test_every_public_function_and_class_of_a_module_stands_on_the_page(module):
     assert [each.__name__ for each in public if each not in shown] == []
     exported = getattr(loaded, "__all__", [name for _, name in DIRECTIVES])
     assert {name for place, name in DIRECTIVES if place == module} <= set(exported)
-
-
-def test_every_module_that_pages_and_examples_import_has_its_part_of_the_page():
-    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
-    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    assert set(re.findall(r"^from ((?:nc_patch|eval_tasks)[\w.]*) import", text, re.M)) <= set(MODULES)
