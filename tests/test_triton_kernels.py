@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from operations import INTERPRETED, problem_of_case  # noqa: E402
 
-from nc_patch.ops.means import PageMeans, page_means, page_starts  # noqa: E402
+from nc_patch.ops.means import page_means, page_starts  # noqa: E402
 from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
 from nc_patch.ops.triton.launch import Tiles  # noqa: E402
 from nc_patch.selections import Block, TopK, Window  # noqa: E402
@@ -117,21 +117,11 @@ OF_KEYS = r"means of keys must be float32 \[1, 1, 3, 16\] on cpu, got float32 \[
 @pytest.mark.parametrize(
     ("given", "change", "message"),
     [
-        (PROMPT, {"key": torch.zeros(1, 53, 64)}, r"key must be \[batch, heads, length, head_dim\]"),
         (PROMPT, {"visible": torch.zeros(1, 20, 2)}, "visible must be int32"),
-        (PROMPT, {"origin": torch.zeros(1, 20)}, "origin must be int32"),
-        (PROMPT, {"budget": torch.zeros(1, 5, 20, dtype=torch.int32)}, "budget must be int32"),
         (PROMPT, {"value": torch.zeros(1, 1, 53, 320)}, "at most 256, got 64 and 320"),
-        (STEP, {"origin": torch.zeros(1, 2, dtype=torch.int32)}, "origin must be int32"),
         (STEP, {"key_index": (CODES[..., :32], SCALES)}, "page_codes must be"),
-        (STEP, {"key_index": (CODES, SCALES.double())}, "page_scales must be"),
         (TAIL, {"means": MEANS._replace(key=MEANS.key[:, :, :2])}, OF_KEYS),
-        (
-            TAIL,
-            {"means": MEANS._replace(value=MEANS.value[..., :8])},
-            r"means of values must be float32 \[1, 1, 4, 24\]",
-        ),
-        (TAIL, {"means": PageMeans(*(t.half() for t in MEANS))}, "means of keys must be float32"),
+        (TAIL, {"means": MEANS._replace(value=MEANS.value[..., :8])}, "means of values must be float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(given, change, message):
