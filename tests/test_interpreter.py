@@ -14,7 +14,6 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="the interpreter is Triton's")
 
-from gpu_semantics import GpuSemantics  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="starts processes that interpret")
 TESTS = Path(__file__).parent
@@ -79,8 +78,3 @@ def test_as_a_plugin_it_fails_the_test_with_findings(tmp_path):
     ):
         assert said in done.stdout
     assert len(re.findall(r"^all_write_kernel: test_race.py:6 .*another program \(8 times\)$", done.stdout, re.M)) == 2
-
-
-def test_kernels_that_are_compiled_are_refused():
-    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"), GpuSemantics(0).active():
-        pass

@@ -70,9 +70,9 @@ def our_command(monkeypatch):
 
     from eval_tasks.lm_eval import __main__ as command
 
-    def run(*arguments, manager=None):
+    def run(*arguments):
         monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)  # which the command replaces
-        monkeypatch.setattr(command, "_TaskManager", manager or partial(TaskManager, include_defaults=False))
+        monkeypatch.setattr(command, "_TaskManager", partial(TaskManager, include_defaults=False))
         monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
         command.main()
 

@@ -13,7 +13,6 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 from lm_eval_case import ROOT, SCORED, TASKS_DIRECTORY
 
-from eval_tasks.errors import EvalError
 from eval_tasks.texts import python_reference
 from nc_patch import NCConfig
 
@@ -53,24 +52,6 @@ def test_the_stock_command_and_ours_run_the_tasks_with_no_cache_that_can_be_writ
     assert recorded["text_sha256"] == hashlib.sha256(python_reference()[0].encode()).hexdigest()
     assert (recorded["lengths"], recorded["samples"]) == ([256, 512], 2)
     assert written["config"].get("nc_config") == settings
-
-
-def test_the_users_tasks_come_last_wherever_they_are_named(tmp_path, our_command, monkeypatch):
-    (tmp_path / "run.yaml").write_text("include_path: /theirs\ntasks: [x]\nmodel: nc_hf\n")
-    taken = []
-
-    def manager(*, include_path, **options):
-        taken.append([str(path) for path in include_path])
-        raise EvalError("stop here")
-
-    for line in (
-        ["run", "--config", str(tmp_path / "run.yaml")],
-        ["ls", "tasks", "--include_path", "/mine"],
-        ["validate", "--tasks", "x", "--include_path", str(TASKS_DIRECTORY)],
-    ):
-        with pytest.raises(SystemExit):
-            our_command(*line, manager=manager)
-    assert taken == [[str(TASKS_DIRECTORY), "/theirs"], [str(TASKS_DIRECTORY), "/mine"], [str(TASKS_DIRECTORY)]]
 
 
 @pytest.mark.parametrize(

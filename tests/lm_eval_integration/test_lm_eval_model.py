@@ -165,14 +165,12 @@ def test_the_cache_of_built_requests_tells_lengths_apart(evaluate, tmp_path, mon
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ({"selection": "window"}, {"prefill": "window", "decode": "window"}),
         (
             {"prefill": "block", "block_size": 16, "min_mass": 0.9, "tail": "drop"},
             {"prefill": Block(16, min_mass=0.9), "decode": TopK(tail="drop")},
         ),
         ({"dense_layers": "0+1+29"}, {"dense_layers": (0, 1, 29)}),
         ({"dense_layers": 3}, {"dense_layers": (3,)}),
-        ({"dense_layers": [0, 1]}, {"dense_layers": (0, 1)}),
     ],
 )
 def test_model_arguments_become_settings(given, meant):
