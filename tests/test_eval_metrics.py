@@ -17,9 +17,7 @@ def metric(request, tmp_path, monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", Mock(side_effect=AssertionError("the network was asked")))
     directory = string_match.__path__[0]
     place = directory if request.param == "directory" else shutil.copy(f"{directory}/string_match.py", tmp_path)
-    found = evaluate.load(place, keep_in_memory=True)
-    assert found.inputs_description.strip().startswith("Args:")
-    return found
+    return evaluate.load(place, keep_in_memory=True)
 
 
 @pytest.mark.parametrize(
