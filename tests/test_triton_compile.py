@@ -3,71 +3,47 @@
 import functools
 import re
 from collections import Counter
-from itertools import product
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 import recorded_launches  # noqa: E402
-from recorded_launches import TARGETS, Resources, expanded, main, recorded, resources_of  # noqa: E402
+from recorded_launches import TARGETS, Resources, expanded, main, read_record, recorded, resources_of  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set")
 
-# One of each kernel, tile shape and dtype, with the options that need most; the command line compiles them all.
-_QUICK = """
-threshold-{bf16-d64,bf16-d80,bf16-d128,bf16-d256,bf16-d128-few_rows,fp32-d128}
-topk-{bf16-d64-sinks-softcap-stats,bf16-d256-sinks-softcap-stats,bf16-d96,bf16-d128-few_rows,fp16-d128,fp32-d128}
-window-{bf16-d128,fp32-d256}
-topk_tail-{bf16-d64,bf16-d256-few_rows,fp32-d128-few_rows}
-choose_blocks-{bf16-d64-k16,bf16-d128-k16-min_mass-audit}
-attend_blocks-bf16-d256-k128
-score_pages-bf16-d256-p128-softcap
-{score,attend}_pages-bf16-d128-p32-paged
-choose_pages-{bf16-d64-p16,bf16-d64-p16-many_pages}
-attend_pages-{bf16-d128-p32,fp32-d128-p128-softcap,fp16-d96-p64-sinks-stats}
-summarize-bf16-d128-p128
-codes_{scan-bf16-d128-q16-bounds,gather-bf16-d128-q1,gather-bf16-d64-q1-bounds-tail}
-codes_{prepare-bf16-d128-q1-tail,guess-bf16-d128-q1}
-"""
-# Those that a plain run compiles for every target.
-_NEEDS_MOST = """
-topk-bf16-d128-sinks-softcap-stats
-topk_tail-bf16-d128-sinks-softcap-stats
-score_blocks-bf16-d128-k16
-attend_blocks-bf16-d128-k16-sinks-softcap-stats
-codes_{scan-bf16-d128-q1,choose-bf16-d128-q1,gather-bf16-d128-q1-tail}
-encode-bf16-d128
-"""
-NEEDS_MOST, QUICK = expanded(_NEEDS_MOST), expanded(_QUICK)
 # Instructions that spill in any of these, of thousands: none with the pinned Triton. Those of other versions of PyTorch
 # allocate registers otherwise. Before 3.7.1 up to five variants spill; with 3.8 ten, 72 in topk of float32 on gfx942
 # and up to 22 in the others; with 3.9 four, of attend_blocks and kernels of decoding.
 MOST_SPILLS = {"3.7.1": 0, "3.8.0": 72, "3.9.0": 12}.get(triton.__version__, 32)
-# What spills with the pinned Triton: registers that a program saves once, before its loops, and restores behind them.
-SPILLING = {
-    ("attend_blocks-bf16-d80-k16", "sm_90"): 1,
-    ("attend_blocks-bf16-d128-k16", "sm_90"): 1,
-    ("attend_blocks-fp16-d128-k16", "sm_90"): 1,
-    ("attend_blocks-bf16-d128-k16-sinks-softcap-stats", "sm_90"): 4,
-    ("attend_blocks-bf16-d128-k32-sinks-softcap-stats", "sm_90"): 3,
-}
+RECORD = read_record(recorded_launches.RECORD)
 launches_of = functools.cache(recorded)
+
+
+def hungriest(target):
+    """Of each kernel and dtype the variant that needs most registers on a target, by the record; the neediest first."""
+    rows = [row for row in RECORD.values() if row.target == target]
+    found = {}
+    for row in sorted(rows, key=lambda row: row.registers * row.threads, reverse=True):
+        found.setdefault(tuple(row.variant.split("-")[:2]), row.variant)
+    return found.values()
 
 
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        pytest.param(name, target, marks=() if target == "sm_90" or name in NEEDS_MOST else pytest.mark.wide)
-        for name, target in product((*NEEDS_MOST, *QUICK), TARGETS)
+        pytest.param(name, target, marks=() if target == "sm_90" or place < 8 else pytest.mark.wide)
+        for target in TARGETS
+        for place, name in enumerate(hungriest(target))
     ],
 )
 def test_kernel_compiles_and_fits(name, target):
     found = resources_of(name, launches_of(target)[name], target)
     assert found.registers > 0
     assert 0 < found.shared <= found.shared_limit
-    assert found.spills <= max(SPILLING.get((name, target), 0), MOST_SPILLS)
+    assert found.spills <= max(RECORD[name, target].spills, MOST_SPILLS)
     assert found._replace(spills=0).fits
 
 
@@ -75,11 +51,13 @@ def test_every_kernel_of_the_library_is_launched_by_the_cases():
     assert {launch.kernel for launch in launches_of("sm_90").values()} == recorded_launches.library_kernels()
 
 
-def test_the_record_has_every_launch_and_each_but_those_known_fits():
-    record = recorded_launches.read_record(recorded_launches.RECORD)
-    assert record.keys() == {(name, target) for target in TARGETS for name in launches_of(target)}
-    assert {place: row.spills for place, row in record.items() if not row.fits} == SPILLING
-    assert all(row.fits or row.spills for row in record.values())
+def test_the_record_has_every_launch_and_each_fits_but_for_a_few_registers_of_one_kernel():
+    assert RECORD.keys() == {(name, target) for target in TARGETS for name in launches_of(target)}
+    assert all(row._replace(spills=0).fits for row in RECORD.values())
+    # Saved once by a program, before its loops, and restored behind them.
+    spilling = {place: row.spills for place, row in RECORD.items() if row.spills}
+    assert all(name.startswith("attend_blocks-") and target == "sm_90" for name, target in spilling)
+    assert sorted(spilling.values()) == [1, 1, 1, 3, 4]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -71,9 +71,3 @@ def test_our_command_ends_with_one_line_on_a_bad_argument(
         our_command(*line, "--model_args", f"pretrained={model_dir},{model_args}")
     assert ended.value.code == f"error: {message}"
     assert not forwards
-
-
-def test_standing_in_the_package_directory_is_refused_instead_of_hiding_lm_eval():
-    done = run_command("lm_eval", "ls", cwd=TASKS_DIRECTORY)
-    assert done.returncode != 0
-    assert "run from another directory" in done.stderr
