@@ -1,15 +1,17 @@
-"""The command line: exit codes and messages, all before any work."""
+"""The command line: exit codes and messages, all before any work; and what ``nc-patch demo`` says of two answers."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
 from processes import python
 from tiny_sweep import sweep_arguments, tiny_files
 
+from eval_tasks.demo import Answer, comparison
 from eval_tasks.methods import METHODS
 from eval_tasks.tasks import TASKS
-from nc_patch import __version__
+from nc_patch import NCConfig, __version__
 from nc_patch.cli import main
 
 PROFILE = Path(__file__).parent / "data" / "profile_format_1.json"
@@ -66,9 +68,6 @@ SHOWN_BY_THE_MODEL = ("does not run on this model and device", "is for 2 layers 
         ("calibrate --fraction 2", "fraction must be a number"),
         ("calibrate --at 64", "--at and --dense-below say how the budget of --fraction is counted"),
         ("calibrate --lengths 64 128 --fraction 0.1 --dense-below 64", "of all keys, and --fraction is 0.1"),
-        ("calibrate --text no-such-text", "no text named 'no-such-text'"),
-        ("demo --tokens 100000000", "has 2,000 tokens, and --tokens asks for 100,000,000"),
-        ("bench prefill --minutes 0", "--minutes must be a positive number, got 0.0"),
         ("bench prefill --device cuda", "Use --device cpu"),
         ("bench prefill --set block_size=48", "block_size must be one of"),
     ],
@@ -81,7 +80,7 @@ def test_what_does_not_fit_is_refused_before_any_work(home, tmp_path, capsys, mo
     Path("file").write_text("")
     command, out = line.partition(" --")[0], tmp_path / "out"
     files, where = [*tiny_files(home), "--device", "cpu"], ["--out", str(out)]
-    sound = {"eval": sweep_arguments(home, out)[1:], "demo": files, "bench prefill": where}
+    sound = {"eval": sweep_arguments(home, out)[1:], "bench prefill": where}
     sound |= dict.fromkeys(("fidelity", "calibrate"), files + where)
     assert main([*command.split(), *sound.get(command, ()), *line.removeprefix(command).split()]) == 2
     assert message in capsys.readouterr().err
@@ -121,3 +120,34 @@ print([name for name in sys.modules if name.startswith("eval_tasks")])
 
 def test_a_profile_needs_neither_scipy_nor_the_harness():
     assert python("-c", NEEDS).strip() == "[]"
+
+
+DENSE = Answer("marigold", 10.0, 0.2, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "tokens", "advice"),
+    [
+        (Answer("marigold", 6.0, 0.15, 2.0, (0.2, 0.1)), 6000, "patch_model(model, alpha=12, C=0.5)"),
+        (Answer("rose", 6.0, 0.15, 2.0 + math.log(1.1), (0.2, 0.1)), 6000, "nc-patch demo --alpha 24"),
+        (Answer("marigold", 11.0, 0.3, 2.0, (0.9, 0.8)), 6000, "dense attention"),
+        (Answer("marigold", 10.0, 0.2, 2.0), 900, "a prompt of more than 1,024 tokens"),
+    ],
+)
+def test_the_comparison_says_what_to_do(sparse, tokens, advice):
+    time, keys, perplexity, suggestion = comparison(DENSE, sparse, tokens, NCConfig(12.0, 0.5, dense_below=1024))
+    assert f"prompt {sparse.first / 10:.2f}, each further token {sparse.step / 0.2:.2f}" in time
+    assert f"{sparse.shares[0]:.0%} by the prompt, {sparse.shares[1]:.0%} by the answer, at alpha=12, C=0.5" in keys
+    assert f"{math.exp(sparse.nats - 2.0):.3f} times" in perplexity
+    assert advice in suggestion
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_twice(capsys):
+    assert main(["demo", "--tokens", "1300", "--answer-tokens", "4", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("s to the first token") == 2
+    assert said.count("ms a token") == 2
+    shares = said.split("keys read")[1].split("by the prompt")[0]
+    assert 20 < int(shares.strip().removesuffix("%")) < 100
+    assert "perplexity" in said.split("keys read")[1]

@@ -33,15 +33,6 @@ def run(monkeypatch, capsys):
     return start
 
 
-def test_every_example_is_shown_with_its_output_and_run_by_a_test():
-    shown, tested = (EXAMPLES / "README.md").read_text(), Path(__file__).read_text()
-    names = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))
-    assert len(names) >= 6
-    for name in names:
-        assert re.search(rf"^\$ .*examples/{re.escape(name)}", shown, re.M), f"examples/README.md does not show {name}"
-        assert f'"{name}"' in tested, f"no test runs {name}"
-
-
 def test_a_long_prompt_is_answered_densely_and_sparsely(run, subword_model):
     said = run("generate_long_prompt.py", "--model", subword_model, "--length", 400)
     tokens = int(re.match(r"(\d+) tokens", said).group(1))

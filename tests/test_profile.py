@@ -130,7 +130,6 @@ MISSING = object()
         (("alpha", 0, 0), -1.0, "alpha must be finite and from"),
         (("C", 0, 0), float("nan"), "C must be finite"),
         (("kept",), [[[[1.0]]]], r"kept must have the shape \(4, 3, 4, 15\), got \(1, 1, 1, 1\)"),
-        (("fits", 1, "eps"), 0.05, "eps must be 1 or more numbers in ascending order"),
     ],
 )
 def test_a_file_that_is_damaged_or_no_profile_is_refused_with_what_is_wrong(tmp_path, place, value, message):

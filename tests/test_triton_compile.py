@@ -9,7 +9,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 import recorded_launches  # noqa: E402
-from recorded_launches import TARGETS, Resources, expanded, main, read_record, recorded, resources_of  # noqa: E402
+from recorded_launches import TARGETS, expanded, read_record, recorded, resources_of  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set")
@@ -34,7 +34,7 @@ def hungriest(target):
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        pytest.param(name, target, marks=() if target == "sm_90" or place < 8 else pytest.mark.wide)
+        pytest.param(name, target, marks=() if target == "sm_90" or place < 4 else pytest.mark.wide)
         for target in TARGETS
         for place, name in enumerate(hungriest(target))
     ],
@@ -42,7 +42,6 @@ def hungriest(target):
 def test_kernel_compiles_and_fits(name, target):
     found = resources_of(name, launches_of(target)[name], target)
     assert found.registers > 0
-    assert 0 < found.shared <= found.shared_limit
     assert found.spills <= max(RECORD[name, target].spills, MOST_SPILLS)
     assert found._replace(spills=0).fits
 
@@ -79,20 +78,6 @@ def test_both_kernels_score_tiles_of_the_same_shape_with_the_same_matrix_instruc
         # On AMD's GPUs what a tail multiplies by sixteen pages at a time takes a smaller one besides.
         besides = {"v_mfma_f32_16x16x16_bf16"} if target == "gfx942" and case.startswith("topk_tail") else set()
         assert matrix[1] - besides == matrix[0]
-
-
-FITTING = Resources("threshold-bf16-d64", "sm_90", 255, 256, 49_152, 232_448, 0, [])
-
-
-def test_the_command_fails_where_something_differs_and_keeps_what_it_does_not_compile(tmp_path, monkeypatch):
-    monkeypatch.setattr(recorded_launches, "CASES", ("topk-bf16-d64", "window-bf16-d64"))
-    monkeypatch.setattr(recorded_launches, "resources_of", lambda name, launch, target: FITTING._replace(variant=name))
-    path = tmp_path / "kernels.json"
-    command = ["--targets", "sm_90", "--write", str(path), "--match"]
-    assert main([*command, "^threshold-bf16-d64$"]) == main([*command, "^window-bf16-d64$"]) == 0
-    assert [name for name, _ in recorded_launches.read_record(path)] == ["threshold-bf16-d64", "window-bf16-d64"]
-    assert main(["--targets", "sm_90", "--compare", str(path), "--match", "^window-bf16-d64$"]) == 0
-    assert main(["--targets", "sm_90", "--compare", str(path), "--match", "^topk-bf16-d64$"]) == 1
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -173,7 +173,6 @@ def test_default_lengths_are_those_the_model_has_positions_for(model_dir):
     [
         ("nc_vt", {"lengths": [512, 4096]}, rf"\[4096\] exceed the {POSITIONS} positions"),
         ("nc_vt", {"max_seq_lengths": [512]}, "mean the same: give one of them"),
-        ("nc_vt", {"samples": 0}, "samples must be at least 1, got 0"),
         ("nc_vt", {"pretrained": None}, "nc_vt measures context in tokens: give pretrained=.* or tokenizer="),
         ("nc_perplexity", {"lengths": [255]}, "too short for the task perplexity"),
         ("nc_perplexity", {"text": "wordless.txt", "samples": 1}, "the text cannot be cut at 256 tokens"),
