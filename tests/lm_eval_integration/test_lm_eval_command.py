@@ -5,14 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
+from lm_eval.tasks import TaskManager
 from lm_eval_case import ROOT, SCORED, TASKS_DIRECTORY
 
+from eval_tasks.lm_eval import __main__ as command
 from eval_tasks.texts import python_reference
 from nc_patch import NCConfig
 
@@ -62,12 +65,15 @@ def test_the_stock_command_and_ours_run_the_tasks_with_no_cache_that_can_be_writ
     ],
 )
 def test_our_command_ends_with_one_line_on_a_bad_argument(
-    model_dir, our_command, forwards, tmp_path, monkeypatch, model_args, further, message
+    model_dir, forwards, tmp_path, monkeypatch, model_args, further, message
 ):
     monkeypatch.chdir(tmp_path)
     Path("out").write_text("")
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)  # which the command replaces
+    monkeypatch.setattr(command, "_TaskManager", partial(TaskManager, include_defaults=False))  # thousands of tasks
     line = ["run", "--model", "nc_hf", "--tasks", "nc_perplexity", "--device", "cpu", *further]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *line, "--model_args", f"pretrained={model_dir},{model_args}"])
     with pytest.raises(SystemExit) as ended:
-        our_command(*line, "--model_args", f"pretrained={model_dir},{model_args}")
+        command.main()
     assert ended.value.code == f"error: {message}"
     assert not forwards
