@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval_tasks.bench import command, measure, operator, report, timing
-from eval_tasks.bench.inputs import GEOMETRIES, Geometry, make_inputs
+from eval_tasks.bench.inputs import GEOMETRIES, Geometry
 from nc_patch.cli import main
 
 CPU = torch.device("cpu")
@@ -101,18 +101,15 @@ def replays_nothing(step, *arguments, **options):
 
 
 SPARSE = "operator.sparse_attention"
-NO_MEMORY = mock.Mock(side_effect=torch.OutOfMemoryError("no 9 GB"))
 NO_KERNEL = mock.Mock(side_effect=RuntimeError("No available kernel"))
 
 
 @pytest.mark.parametrize(
     ("name", "instead", "status", "said"),
     [
-        (SPARSE, NO_MEMORY, "out of memory", "no 9 GB"),
         (SPARSE, spoiled(lambda _: torch.empty(1 << 55)), "out of memory", "tried to allocate"),
         (SPARSE, NO_KERNEL, "error", "No available kernel"),
         (SPARSE, spoiled(lambda o: o.mul_(1.01)), "wrong", "off by 0.01 from the PyTorch backend"),
-        (SPARSE, spoiled(lambda o: o[:, :, -1].zero_()), "wrong", "from the PyTorch backend"),
         (SPARSE, spoiled(lambda o: o[:, :, 200].fill_(torch.nan)), "wrong", "NaN or Inf in rows that are not compared"),
         ("operator.scaled_dot_product_attention", NO_KERNEL, "absent", "No available kernel"),
         ("measure.prepare", replays_nothing, "wrong", "from the PyTorch backend, in a CUDA graph"),
@@ -173,39 +170,11 @@ def test_methods_have_their_turns_for_three_rounds_and_then_until_the_deadline(d
     assert order == ["a", "b"] * rounds
 
 
-def test_methods_that_were_slow_are_left_out_of_longer_cases(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "_LONG_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "interleave", lambda ready, *_: {name: [1 + 2 * (name == "topk")] for name in ready})
-    assert bench("decode", tmp_path, "--selections", "topk", "window") == 0
-    slow, left_out = rows_of("decode", tmp_path, "topk")
-    assert (slow["status"], left_out["status"]) == ("ok", "left out")
-    assert left_out["message"] == "took 3.0 times as long as the fastest dense at 64 keys"
-    assert [row["status"] for row in rows_of("decode", tmp_path, "window")] == ["ok", "ok"]
-
-
 @pytest.mark.parametrize(("option", "attends_all"), [("dense_below=300", True), ("min_mass=0.5", False)])
 def test_options_reach_the_attention(tmp_path, option, attends_all):
     assert bench("prefill", tmp_path, "--lengths", "300", "--alpha", "1", "--selections", "block", "--set", option) == 0
     (row,) = rows_of("prefill", tmp_path, "block")
     assert (row["kept_mass"] == pytest.approx(1)) == attends_all
-
-
-def test_prompts_are_local_have_sinks_and_seek_few_of_the_other_keys():
-    n, budget = 4096, round(4 * 4096**0.6)
-    inputs = make_inputs(Geometry(6, 2, 64), 1, n, n, torch.float32, torch.Generator().manual_seed(0))
-    query, key = inputs.query[0, :, 2048:].float(), inputs.key[0].float().repeat_interleave(3, 0)
-    scores = (query @ key.transpose(1, 2)) * 64**-0.5
-    scores.masked_fill_(torch.arange(n) > torch.arange(2048, n)[:, None], -torch.inf)
-    softmax = torch.softmax(scores, -1)
-    last = softmax[:, ::64]
-    assert 0.88 < last.topk(budget, -1).values.sum(-1).mean() < 0.99
-    assert 0.15 < last[..., :4].sum(-1).mean() < 0.6
-    own = torch.stack([softmax[:, i, i + 2048 - 64 : i + 2048 + 1].sum(-1) for i in range(0, 2048, 64)]).mean()
-    assert 0.03 < own < 0.4
-    # Queries of one run seek what others of the run seek: their softmaxes overlap more than those of far rows do.
-    kept = softmax[:, :, 64:1900]
-    near, far = ((kept[:, 1000] * kept[:, other]).sum(-1).mean() for other in (1001, 1700))
-    assert near > far
 
 
 def test_exponents_are_those_of_the_fastest_dense_and_of_each_selection():

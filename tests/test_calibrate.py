@@ -11,7 +11,7 @@ from tiny_sweep import tiny_text, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from ways import state_of
 
-from nc_patch import ProfileError, UnsupportedModelError, calibrate, nc_stats, patch_model
+from nc_patch import ProfileError, calibrate, nc_stats, patch_model
 from nc_patch.calibration import measure
 from nc_patch.calibration.calibrate import cut_pieces
 from nc_patch.calibration.measure import Plan, measure_piece
@@ -91,13 +91,12 @@ def test_a_patched_model_is_calibrated_densely_and_keeps_its_patch():
     assert nc_stats(model)["mean_keys"] < 2.1
 
 
-@pytest.mark.parametrize("failure", ["dense", "gradient"])
-def test_the_model_is_restored_when_a_pass_fails(monkeypatch, failure):
+def test_the_model_is_restored_when_the_pass_with_gradients_fails(monkeypatch):
     model = tiny_model("llama")
     before, real, calls = state_of(model), measure.row_curves, itertools.count(1)
 
     def fail(*arguments):
-        if next(calls) == (2 if failure == "dense" else 3 * 3 + 2):
+        if next(calls) == 3 * len(LENGTHS) + 2:
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -143,19 +142,11 @@ def test_texts_are_cut_evenly_and_do_not_overlap():
     ("arguments", "message"),
     [
         ({"texts": "a text"}, "texts must be a list"),
-        ({"texts": [""]}, "needs a tokenizer"),
-        ({"texts": ["  "], "tokenizer": tiny_tokenizer()}, "text 0 is empty"),
-        ({"texts": [3]}, "text 0 is neither a text nor token ids"),
         ({"texts": [IDS[:100], IDS]}, "text 0 has 100 tokens, and the longest length is 128"),
         ({"texts": [IDS], "pieces": 9}, "the texts hold 3 pieces of 128 tokens, and 9 are asked for"),
         ({"lengths": [128, 128]}, "at least two different numbers of tokens, each at least 16, got .128, 128."),
-        ({"lengths": [8, 64]}, "each at least 16, got .8, 64."),
         ({"lengths": [64, 4096]}, "beyond the 512 positions"),
-        ({"lengths": [64, 1.5]}, "lengths must be a list"),
         ({"target": 1.0}, "target must be a number in .0, 1., got 1.0"),
-        ({"eps": (0.0,)}, "eps must be a number in .0, 1."),
-        ({"pieces": 0}, "pieces must be at least 1, got 0"),
-        ({"rows": 0}, "rows must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_before_any_work(arguments, message, monkeypatch):
@@ -165,21 +156,17 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(arguments, message
         calibrate(tiny_model("llama"), **given | arguments)
 
 
-def test_models_that_cannot_be_patched_or_give_nan_are_refused():
-    with pytest.raises(UnsupportedModelError):
-        calibrate(torch.nn.Linear(2, 2), None, [IDS], LENGTHS, rows=6)
+def test_models_that_give_nan_are_refused():
     model = tiny_model("llama")
     model.model.layers[1].self_attn.q_proj.weight.data.fill_(torch.nan)
     with pytest.raises(ProfileError, match="holds NaN or Inf on this text"):
         calibrate(model, None, [IDS], LENGTHS, pieces=1, rows=6)
 
 
-def test_the_profile_says_what_it_was_made_of_and_a_terminal_how_far_it_is(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+def test_the_profile_says_what_it_was_made_of():
     model, tokenizer, text = tiny_model("llama"), tiny_tokenizer(), tiny_text(900)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     profile = calibrate(model, tokenizer, [text], LENGTHS, pieces=2, rows=6)
-    assert "12/12" in capsys.readouterr().err
     assert (profile.lengths, profile.pieces, profile.model_class) == (LENGTHS, 2, "LlamaForCausalLM")
     tokens = np.array(cut_pieces(None, [ids], LENGTHS[-1], 2), dtype=np.int64)
     assert profile.texts == hashlib.sha256(tokens.tobytes()).hexdigest()

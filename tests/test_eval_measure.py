@@ -207,16 +207,9 @@ def test_presses_stand_beside_other_methods_where_the_prefill_is_dense(kvpress, 
     assert "Recent (kvpress)" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
-def test_presses_that_are_not_there_are_refused_with_what_is(kvpress, monkeypatch, tmp_path):
-    for name in ("BasePress", "NoSuchPress"):
-        with pytest.raises(EvalError, match="it has RecentPress"):
-            find_press(name)
+def test_presses_that_are_not_there_are_refused_with_what_is(kvpress, monkeypatch):
+    with pytest.raises(EvalError, match="it has RecentPress"):
+        find_press("NoSuchPress")
     monkeypatch.setitem(sys.modules, "kvpress", None)
     with pytest.raises(EvalError, match=r"pip install kvpress\), which cannot be imported: import of kvpress halted"):
-        find_press("SnapKVPress")
-    (tmp_path / "kvpress").mkdir()
-    (tmp_path / "kvpress" / "__init__.py").write_text("import a_package_that_is_not_there\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "kvpress", raising=False)
-    with pytest.raises(EvalError, match="cannot be imported: No module named 'a_package_that_is_not_there'"):
         find_press("SnapKVPress")

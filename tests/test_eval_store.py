@@ -103,23 +103,13 @@ def test_a_value_that_json_cannot_hold_is_an_error_and_leaves_the_file_alone(tmp
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        (RESULTS, {"method": "=cmd()"}, "method cannot be"),
-        (RESULTS, {"task": "\x1b[2J"}, "task cannot be"),
         (RESULTS, {"length": 0}, "length cannot be"),
-        (RESULTS, {"budget": True}, "budget cannot be"),
         (RESULTS, {"loss_sum": 1e12, "tokens": 1}, "loss_sum / tokens must be within 700"),
         (RESULTS, {"attended_fraction": 1.5}, "attended_fraction cannot be"),
-        (RESULTS, {"seconds": "1"}, "seconds cannot be"),
-        (RESULTS, {"token_losses": [1.0, "x"]}, "token_losses cannot be"),
         (RESULTS, {"token_losses": [1.0]}, "token_losses must be 10, one for each of the tokens"),
-        (RESULTS, {"depth": 2}, "depth cannot be"),
         (RESULTS, {"tokens": None}, "tokens is missing. Remove that line"),
         (RUN, {"identity": IDENTITY | {"seed": "first"}}, "seed cannot be"),
-        (RUN, {"identity": IDENTITY | {"lengths": [0]}}, "lengths cannot be"),
-        (RUN, {"identity": IDENTITY | {"dtype": "\ud800"}}, "identity cannot be"),
         (RUN, {"sessions": [{"hardware": "a laptop"}]}, "sessions cannot be"),
-        (RUN, {"sessions": [{"other_hardware": {"processor": "p"}}]}, "sessions cannot be"),
-        (RUN, {"hardware": {"processor": "\x1b[2J"}}, "hardware cannot be"),
     ],
 )
 def test_what_cannot_have_been_measured_is_refused_by_its_place_and_its_field(tmp_path, file, damage, message):

@@ -13,9 +13,8 @@ import weakref
 import pandas as pd
 import pytest
 import torch
-from processes import ended, lines, python, start, start_ranks, wait_until
+from processes import ended, lines, start, start_ranks, wait_until
 from tiny_sweep import sweep_arguments, tiny_files, tiny_text
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 from eval_tasks import measure as measuring
 from eval_tasks import peak, sweep
@@ -123,16 +122,13 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_as
     monkeypatch.setattr(peak, "clear_device_cache", lambda **_: freed.append(held[-1]() is None))
     assert main(arguments) == 0
     assert freed == [True, True]
-    said = capsys.readouterr().err
-    assert "recall with block at 96 tokens: memory ran out at 96 tokens" in said
-    assert "It is recorded, and the run goes on" in said
+    assert "recall with block at 96 tokens: memory ran out at 96 tokens" in capsys.readouterr().err
     rows = read_rows(out)
     assert [(row["method"], row["length"], row["failed"]) for row in rows if "failed" in row] == [
         ("block", 96, "out of memory")
     ] * 2
     assert len(rows) == 8
     assert "recall,96,block,0" in (out / "summary.csv").read_text()
-    assert "out of memory" in (out / "report.html").read_text(encoding="utf-8")
     with pytest.raises(RuntimeError, match="shapes do not fit"):  # which no other length would mend
         main([*arguments, "--retry-failed"])
     monkeypatch.undo()
@@ -140,9 +136,6 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_as
     assert "2 of them failed; --retry-failed measures them again" in capsys.readouterr().err
     assert main([*arguments, "--retry-failed"]) == 0
     assert not any("failed" in row for row in read_rows(out))
-    before = (out / "results.jsonl").read_bytes()
-    assert main([*arguments, "--retry-failed"]) == 0
-    assert (out / "results.jsonl").read_bytes() == before
 
 
 def test_an_iso_sweep_tries_every_budget_also_of_a_model_without_sdpa(tmp_path, capsys):
@@ -277,19 +270,3 @@ def test_killed_or_interrupted_twenty_times_at_random_nothing_is_lost_and_the_ta
 def test_a_device_map_changes_no_number(home, alone):
     assert main(sweep_arguments(home, home / "mapped", "--device-map", "auto")) == 0
     assert results(home / "mapped") == results(alone)
-
-
-def test_a_launcher_that_started_one_process_in_place_of_several_is_refused(home, monkeypatch, capsys):
-    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    assert main(sweep_arguments(home, home / "one")) == 2
-    assert "give it --multi_gpu in place of --cpu" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_accelerate_launches_two_processes_on_the_cpu(home, alone):
-    arguments = sweep_arguments(home, home / "accelerated", "--threads", "1")
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    python("-m", *launcher, "--main_process_port", get_free_port(), "-m", "nc_patch", *arguments)
-    assert {row["process"] for row in read_rows(home / "accelerated")} == {0, 1}
-    same_table(home / "accelerated", alone)

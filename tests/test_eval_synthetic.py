@@ -2,15 +2,18 @@
 
 import copy
 import re
+import shutil
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 from synthetic_tokenizers import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
 
 from eval_tasks.errors import EvalError
+from eval_tasks.metrics import string_match
 from eval_tasks.synthetic import GENERATORS, chat, synthesize
-from eval_tasks.synthetic.haystack import NOISE, load_prose, noise
-from eval_tasks.synthetic.sample import DEPTHS, fill
+from eval_tasks.synthetic.haystack import NOISE
+from eval_tasks.synthetic.sample import DEPTHS
 
 NEEDLES = tuple(name for name in GENERATORS if name.startswith("niah_"))
 
@@ -114,60 +117,53 @@ def test_a_chat_template_wraps_the_question_and_opens_the_answer(start):
     assert (found.answers, found.prefix) == (plain.answers, plain.prefix)
 
 
-def test_a_template_that_takes_no_question_is_refused():
-    tokenizer = copy.deepcopy(tokenizer_of_kind("unigram_chat"))
-    messages = {None: "has no chat template", "{{ raise_exception('no') }}": r"take a user's question \(no\)"}
-    for tokenizer.chat_template, message in messages.items():
-        with pytest.raises(EvalError, match=message):
-            synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, render=chat(tokenizer))
-
-
 def test_a_length_without_room_is_refused():
     with pytest.raises(EvalError, match="niah_single_2 cannot fill 160 tokens, of which 128 are kept for the answer"):
         sample("niah_single_2", 160)
-    with pytest.raises(EvalError, match="one step of filler more than 683 goes beyond"):
-        sample("fwe", 700, seed=3, index=47)
 
 
-def test_other_texts_hide_the_facts_unless_they_say_them_or_are_too_short(tmp_path):
-    def hidden(name, story, length=1024):
-        (tmp_path / name).write_text(story)
-        return sample("niah_single_2", length, text=str(tmp_path / name)).prompt
-
+def test_another_text_hides_the_facts_unless_it_says_them(tmp_path):
     words = "It was a quiet evening and nobody in the old house had anything to say about the strange letter"
     story = "\n\n".join(f"{words} of day {i}.  More   was to come." for i in range(60))
-    prompt = hidden("novel", story)
+    (tmp_path / "novel").write_text(story)
+    prompt = sample("niah_single_2", 1024, text=str(tmp_path / "novel")).prompt
     assert "It was a quiet evening" in prompt
     assert "   " not in prompt
     (needle,) = re.findall(r"One of the special magic .*?: \d+\.", prompt)
     told = f"{story}\n\nNobody there knew what the next sentence of this letter was to tell them. {needle}"
+    (tmp_path / "told").write_text(told)
     with pytest.raises(EvalError, match=r"stands \d times in the prompt, .*give another text"):
-        hidden("told", told, 4096)
-    with pytest.raises(EvalError, match="holds 0 words of prose; a haystack needs 400"):
-        hidden("short", "Too little.")
+        sample("niah_single_2", 4096, text=str(tmp_path / "told"))
 
 
-def test_prose_is_prose_and_noise_has_as_many_sentences_as_asked():
-    prose = load_prose("python-reference")
-    assert len(prose.words) > 20_000
-    assert ">>>" not in " ".join(prose.words)
-    assert prose.stretch(len(prose.words) - 2, 5) == [*prose.words[-2:], *prose.words[:3]]
-    assert " ".join(prose.sentences(100, 300)) == " ".join(prose.words[100:400])
-    for count in (0, 1, 5, 13):
-        assert len(re.findall(r"\.", " ".join(noise(count)))) == count
+@pytest.fixture(params=["directory", "file alone"])
+def metric(request, tmp_path, monkeypatch):
+    evaluate = pytest.importorskip("evaluate", reason="the extra eval is not installed")
+    monkeypatch.setattr("socket.getaddrinfo", Mock(side_effect=AssertionError("the network was asked")))
+    directory = string_match.__path__[0]
+    place = directory if request.param == "directory" else shutil.copy(f"{directory}/string_match.py", tmp_path)
+    return evaluate.load(place, keep_in_memory=True)
 
 
-@pytest.mark.parametrize("most", [None, 90])
-@pytest.mark.parametrize(("per_unit", "room"), [(1, 100), (3, 1000), (17, 123_456), (17, 100)])
-def test_filling_finds_the_room_in_a_few_steps(per_unit, room, most):
-    asked = []
+@pytest.mark.parametrize(
+    ("prediction", "references", "share", "part"),
+    [
+        ("The numbers are 12, 34 and 56.", ["12", "34", "56"], 1.0, 1.0),
+        ("only 34", ["12", "34", "56", "78"], 0.25, 1.0),
+        ("", ["12"], 0.0, 0.0),
+        ("  ECHO-Lamp\x07", ["echo-lamp"], 1.0, 1.0),
+        ("12\x0034", ["1234"], 0.0, 0.0),
+    ],
+)
+def test_string_match_is_rulers(metric, prediction, references, share, part):
+    for match, expected in (("all", share), ("part", part)):
+        found = metric.compute(predictions=[prediction, "x"], references=[references, ["x"]], match=match)
+        assert found == {"string_match": (expected + 1) / 2, "scores": [expected, 1.0]}
 
-    def tokens_at(units):
-        asked.append(units)
-        return 40 + per_unit * units + units % 3
 
-    found = fill(tokens_at, room, most)
-    assert tokens_at(found) <= room
-    assert found == most or room - tokens_at(found) <= max(0.002 * room, per_unit + 2)
-    assert most is None or max(asked) <= most
-    assert len(asked) < 16
+@pytest.mark.parametrize(
+    ("references", "match", "message"), [([["a"]], "any", "match must be 'all'"), ([[]], "all", "at least one string")]
+)
+def test_string_match_refuses_what_it_cannot_score(metric, references, match, message):
+    with pytest.raises(ValueError, match=message):
+        metric.compute(predictions=["a"], references=references, match=match)

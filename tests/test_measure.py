@@ -8,7 +8,6 @@ from operations import problem_of
 
 from nc_patch.calibration.fit import fit_power_laws, theil_sen
 from nc_patch.calibration.measure import SMALLEST_KEYS, Plan, row_curves
-from nc_patch.common import student_quantile
 from nc_patch.layers import Observed
 from nc_patch.ops import rows as score_rows
 from nc_patch.ops.problem import visible_mask
@@ -98,11 +97,3 @@ def test_lengths_that_are_all_the_same_say_nothing_of_the_slope():
 def test_nine_intervals_of_ten_hold_the_exponent(pieces):
     fits = [fit_power_laws(LENGTHS, counts(0.5, pieces, 0.4, 0.2, seed), 0.1, seed) for seed in range(6)]
     assert 0.82 <= np.mean([(fit.C_low <= 0.5) & (fit.C_high >= 0.5) for fit in fits]) <= 1.0
-
-
-def test_students_quantile_is_near_the_exact_one():
-    stats = pytest.importorskip("scipy.stats")
-    for freedom in (3, 4, 6, 10, 30, 100):
-        for share in (0.95, 0.975):
-            found = student_quantile(freedom, stats.norm.ppf(share))
-            assert found == pytest.approx(stats.t.ppf(share, freedom), rel=0.01)

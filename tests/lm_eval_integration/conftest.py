@@ -1,8 +1,5 @@
 """A tiny random Llama with its tokenizer, and the tasks run on it."""
 
-import sys
-from functools import partial
-
 import pytest
 import transformers
 from lm_eval_case import LENGTHS, POSITIONS, SCORED, manager_of
@@ -61,19 +58,3 @@ def forwards(monkeypatch):
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", counted)
     return calls
-
-
-@pytest.fixture
-def our_command(monkeypatch):
-    """Runs ``main`` on arguments, without lm-eval's own thousands of tasks, to save seconds."""
-    from lm_eval.tasks import TaskManager
-
-    from eval_tasks.lm_eval import __main__ as command
-
-    def run(*arguments, manager=None):
-        monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)  # which the command replaces
-        monkeypatch.setattr(command, "_TaskManager", manager or partial(TaskManager, include_defaults=False))
-        monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
-        command.main()
-
-    return run

@@ -15,7 +15,6 @@ from lm_eval_case import POSITIONS, figures, load_task, rows
 from synthetic_tokenizers import tokenizer_of_kind
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval_tasks.errors import EvalError
 from eval_tasks.synthetic import GENERATORS
 from eval_tasks.texts import python_reference
 
@@ -174,25 +173,14 @@ def test_default_lengths_are_those_the_model_has_positions_for(model_dir):
     [
         ("nc_vt", {"lengths": [512, 4096]}, rf"\[4096\] exceed the {POSITIONS} positions"),
         ("nc_vt", {"max_seq_lengths": [512]}, "mean the same: give one of them"),
-        ("nc_vt", {"lengths": ["512"]}, "lengths must be an integer, got '512'"),
-        ("nc_vt", {"lengths": None, "max_length": 192}, "lengths must be .* at most the 192 positions"),
-        ("nc_vt", {"samples": 0}, "samples must be at least 1, got 0"),
-        ("nc_vt", {"seed": "x"}, "seed must be an integer, got 'x'"),
         ("nc_vt", {"pretrained": None}, "nc_vt measures context in tokens: give pretrained=.* or tokenizer="),
-        ("nc_vt", {"tokenizer": "/absent/tokenizer"}, "the model /absent/tokenizer is no directory .* tokenizer="),
-        ("nc_vt", {"text": "/absent.txt"}, "no text named '/absent.txt'"),
-        ("nc_niah_single_2", {"lengths": [150]}, "cannot fill 150 tokens, of which 128 are kept for the answer"),
         ("nc_perplexity", {"lengths": [255]}, "too short for the task perplexity"),
-        ("nc_perplexity", {"text": "short.txt"}, r"the text has \d tokens"),
         ("nc_perplexity", {"text": "wordless.txt", "samples": 1}, "the text cannot be cut at 256 tokens"),
-        ("nc_recall", {"lengths": [128]}, "needs .* tokens without any filler"),
         ("nc_recall", {"passage": 40_000, "lengths": [512]}, "too few for a passage of 40000 tokens"),
-        ("nc_document", {"text": "wordless.txt", "samples": 1}, "the text cannot be cut at 512 tokens"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(model_dir, tmp_path, monkeypatch, task, settings, message):
     monkeypatch.chdir(tmp_path)
-    Path("short.txt").write_text("abc def")
     Path("wordless.txt").write_text("x" * 20_000)
     with pytest.raises(ValueError, match=message):
         load_task(task, **{"pretrained": str(model_dir), "lengths": [512], **settings}).build_all_requests()
@@ -209,6 +197,3 @@ def test_documents_of_the_hub_can_be_local_copies(run_tasks, model_dir, tmp_path
         results = run_tasks([task], metadata={**metadata, "text": text.format(tmp_path)})
         assert results["results"][task]["perplexity_256_1024,none"] > 1
         assert [sample["arguments"][0][1].count(" ") > 50 for sample in results["samples"][task]] == [True] * 3
-    for task, text in (("nc_pg19", "emozilla/pg19-test:test"), ("nc_proof_pile", "dwzhu/PoSE-Datasets,.*:train")):
-        with pytest.raises(EvalError, match=f"the data set '{text}' could not be loaded"):
-            load_task(task, tokenizer=str(model_dir), **metadata)
