@@ -23,6 +23,7 @@ class ArithmeticBuilder(interpreter.InterpreterBuilder):
     - ``x / y``, ``exp2``, ``log2`` and ``sqrt`` are off by up to ``ULPS``, by the bits of their operands and ``seed``:
       the same operands give the same result. Powers of two below float32's normal numbers are zero.
     - The larger, and the smaller, of a NaN and a number is the number.
+    - Of numbers beyond an integer type the nearest integer is taken, of NaN 0; 8 bits are the lower half of 16.
     - bfloat16 is rounded to nearest, ties to even.
     - A matrix product is summed in groups, each sum cut toward zero. Other sums are folded in halves (``fold``).
     """
@@ -90,6 +91,17 @@ class ArithmeticBuilder(interpreter.InterpreterBuilder):
     create_sqrt = partialmethod(_inexact, np.sqrt)
     create_maxnumf = partialmethod(interpreter.InterpreterBuilder.binary_op, op=np.fmax)
     create_minnumf = partialmethod(interpreter.InterpreterBuilder.binary_op, op=np.fmin)
+
+    def create_fp_to_si(self, source: TensorHandle, to: tl.dtype) -> TensorHandle:
+        target = interpreter._get_np_dtype(to)
+        wide = np.promote_types(target, np.int16 if target.kind == "i" else np.uint16)
+        low, high = np.iinfo(wide).min, np.iinfo(wide).max
+        cut = np.nan_to_num(np.trunc(source.data.astype(np.float64)), nan=0.0)
+        within = np.where((cut > low) & (cut < high), cut, 0).astype(wide)
+        whole = np.where(cut >= high, wide.type(high), np.where(cut <= low, wide.type(low), within))
+        return TensorHandle(whole.astype(target), to.scalar)
+
+    create_fp_to_ui = create_fp_to_si
 
     def cast_impl(self, source: TensorHandle, to: tl.dtype) -> TensorHandle:
         if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:

@@ -1,9 +1,11 @@
-"""The report: all of it escaped and in one file, and words that follow the numbers."""
+"""The report: all of it escaped and in one file, words that follow the numbers, and a page that fits its screen."""
 
 import itertools
 import json
 import math
 import re
+import shutil
+import subprocess
 
 import pandas as pd
 import pytest
@@ -230,3 +232,44 @@ def test_caveats_say_what_weakens_a_comparison():
     ):
         assert text in said
     assert "times as long" not in said
+
+
+# Opens a page in frames of these widths, and says what sticks out of each or is too small to read, in pixels.
+LOOK = """<body><script>const page = %s;
+for (const width of [1280, 1049, 390]) {
+  const frame = document.createElement("iframe");
+  frame.style = `width: ${width}px; height: 900px; border: 0`;
+  frame.srcdoc = page;
+  frame.onload = () => {
+    const inside = frame.contentDocument;
+    for (const fold of inside.querySelectorAll("details")) fold.open = true;
+    const main = inside.querySelector("table.main").parentElement;
+    const size = e => parseFloat(inside.defaultView.getComputedStyle(e).fontSize);
+    const sizes = [...inside.querySelectorAll("body *")].map(size);
+    const drawn = [...inside.images].map(i => 13 * i.clientWidth / (0.75 * i.naturalWidth));
+    const said = document.createElement("p");
+    const wide = Math.max(inside.documentElement.scrollWidth - width, main.scrollWidth - main.clientWidth);
+    said.textContent = `LOOKED ${width}: ${wide} ${Math.min(...sizes, ...drawn) >= 11.99}`;
+    document.body.append(said);
+  };
+  document.body.append(frame);
+}</script></body>"""
+
+
+def test_a_browser_shows_the_report_without_scrolling_sideways_and_in_readable_sizes(tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("needs chromium or google-chrome")
+    levels = {"dense": 2.0, "nc-topk-mean": 3.0, "streaming": 44.0, "window": 2.1}
+    rows = [entry for n in (512, 4096) for task in ("recall", "perplexity") for entry in rows_of(task, n, levels)]
+    rows += answers_of(4096, dict.fromkeys(levels, lambda i: i % 3 > 0))
+    run = write_run(tmp_path / "a", rows, model="m" * 120, lengths=[512, 4096])
+    write_report([run])
+    page = json.dumps((run / "report.html").read_text(encoding="utf-8")).replace("</", "<\\/")
+    (tmp_path / "look.html").write_text(LOOK % page, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--virtual-time-budget=20000"]
+    command = [browser, *options, "--dump-dom", (tmp_path / "look.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
+    assert set(re.findall(r"LOOKED [^<]*", shown.rpartition("</script>")[2])) == {
+        f"LOOKED {w}: 0 true" for w in (1280, 1049, 390)
+    }

@@ -13,8 +13,9 @@ import weakref
 import pandas as pd
 import pytest
 import torch
-from processes import ended, lines, start, start_ranks, wait_until
+from processes import ended, lines, python, start, start_ranks, wait_until
 from tiny_sweep import sweep_arguments, tiny_files, tiny_text
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from eval_tasks import measure as measuring
 from eval_tasks import peak, sweep
@@ -270,3 +271,12 @@ def test_killed_or_interrupted_twenty_times_at_random_nothing_is_lost_and_the_ta
 def test_a_device_map_changes_no_number(home, alone):
     assert main(sweep_arguments(home, home / "mapped", "--device-map", "auto")) == 0
     assert results(home / "mapped") == results(alone)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes_on_the_cpu(home, alone):
+    arguments = sweep_arguments(home, home / "accelerated", "--threads", "1")
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    python("-m", *launcher, "--main_process_port", get_free_port(), "-m", "nc_patch", *arguments)
+    assert {row["process"] for row in read_rows(home / "accelerated")} == {0, 1}
+    same_table(home / "accelerated", alone)

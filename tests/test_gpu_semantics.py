@@ -139,8 +139,8 @@ def test_division_and_powers_are_off_by_two_units_at_most(name):
     assert not torch.equal(results[0], results[2])
 
 
-NAN, INF = torch.nan, torch.inf
-ODD = 1 + 2.0**-12  # whose square needs 24 bits more
+LOW, HIGH, NAN, INF = -(2**31), 2**31 - 1, torch.nan, torch.inf
+WIDE, ODD = [3e9, -3e9, NAN, -INF, -2.9, 200.7, 40000.0, -200.0], 1 + 2.0**-12  # whose square needs 24 bits more
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,8 @@ ODD = 1 + 2.0**-12  # whose square needs 24 bits more
     [
         ("exp2", [0.0, -0.0, -127.5, -INF], None, torch.float32, [1, 1, 0, 0]),
         ("maximum", [NAN, 2.0, 3.0, 0.0], [1.0, NAN, 4.0, 0.0], torch.float32, [1, 2, 4]),
+        ("cast", WIDE, None, torch.int32, [HIGH, LOW, 0, LOW, -2, 200, 40000, -200]),
+        ("cast", WIDE, None, torch.int8, [-1, 0, 0, 0, -2, 200 - 256, -1, 256 - 200]),
         ("cast", [1 + 1 / 256, 1 + 3 / 256, -INF, 3.4e38], None, torch.bfloat16, [1, 1 + 4 / 256, -INF, INF]),
         ("product-plus", [ODD] * 4, [-1 - 2.0**-11] * 4, torch.float32, [2.0**-24] * 3),
         ("minus-product", [ODD] * 4, [1 + 2.0**-11] * 4, torch.float32, [-(2.0**-24)] * 3),
