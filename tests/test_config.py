@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from profiles import made_up_profile
 
 from nc_patch import KeyIndex, NCConfig, selections, sparse_attention
-from nc_patch.budget import _laws, budget_of, budgets, row_budgets
+from nc_patch.budget import budget_of, budgets, row_budgets
 from nc_patch.selections import Window
 
 NAN, INF = math.nan, math.inf
@@ -26,80 +26,52 @@ def law(alpha=1.0, C=0.5, **options):
     return NCConfig(alpha, C, **options)
 
 
-def read(text):
-    """Settings from a file."""
-    return NCConfig.from_json(text)
+read = NCConfig.from_json
 
 
 def budget(n, **where):
     return NCConfig([[1.0, 2.0]] * 2 if where else 1.0, 0.5).budget(n, **where)
 
 
-def of_a_model(*shape, **settings):
-    return law(**settings).check_model(*shape)
+def of_a_model(**settings):
+    return law(**settings).check_model(num_layers=3, num_heads=4)
 
 
-# (what is called, with what, error, words of its message)
+# (what is called, with what, error, words of its message); test_refusals.py goes through values of every option
 REFUSED = [
     *((law, {"alpha": x}, ValueError, f"alpha must be a positive number, got {x}") for x in (0.0, NAN, INF)),
     *((law, {"C": x}, ValueError, rf"C must be a number in \[0, 1\], got {x}") for x in (-0.1, 1.1, NAN)),
     *((law, {"max_dropped_mass": x}, ValueError, rf"max_dropped_mass must .* \[0, 1\), got {x}") for x in (1.0, NAN)),
-    (law, {"alpha": np.bool_(True)}, TypeError, "alpha must be a positive number"),
     (law, {"alpha": [1.0, -2.0]}, ValueError, "alpha must be a positive number, got -2.0"),
     (law, {"alpha": [1.0, 2.0], "C": [0.5]}, ValueError, "alpha has 2 layers and C has 1"),
     (law, {"alpha": [[1.0, 2.0]], "C": [[0.5]]}, ValueError, "layer 0: alpha has 2 heads and C has 1"),
     (law, {"alpha": [[[1.0]]]}, ValueError, "alpha must be a number, a list per layer"),
     (law, {"prefill": "best"}, ValueError, "prefill must be one of 'block', 'dense', 'topk', 'window', got 'best'"),
     (law, {"prefill": {"name": "topk", "size": 1}}, TypeError, "prefill: 'topk' has no option size; it has"),
-    (law, {"backend": "x"}, ValueError, "backend must be one of 'auto', 'triton', 'cpu', 'torch', got 'x'"),
     (law, {"on_drop": "stop"}, ValueError, "on_drop must be one of 'ignore', 'warn', 'raise', 'dense', got 'stop'"),
-    (law, {"max_dropped_mass": "0.1"}, TypeError, "max_dropped_mass must be a number in .* got '0.1'"),
-    (law, {"block_size": 48}, ValueError, "block_size must be one of 16, 32, 64, 128, got 48"),
-    (law, {"query_block_size": 16}, ValueError, "query_block_size must be one of 32, 64, 128, got 16"),
-    *((law, {"local_keys": x}, TypeError, f"local_keys must be an integer, got {x}") for x in (1.5, None)),
-    (law, {"sample_stride": 5}, ValueError, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 5"),
     (law, {"min_mass": 1.0}, ValueError, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
-    (law, {"max_factor": Decimal("nan")}, ValueError, "max_factor must be a number of at least 1, got "),
-    *((law, {"track": x}, TypeError, "track must be True or False, got ") for x in (0, 1, "yes", None, np.int8(1))),
-    *((law, {"dense_below": x}, ValueError, f"dense_below must be .*got {x}") for x in (-1, 2**40)),
-    *((law, {"dense_below": x}, TypeError, f"dense_below must be .*got {x}") for x in (1.5, True)),
+    *((law, {"track": x}, TypeError, "track must be True or False, got ") for x in (1, "yes", None, np.int8(1))),
+    *((law, {"dense_layers": x}, TypeError, "dense_layers must be") for x in ("0", 2, [0.5], torch.tensor([True]))),
     (law, {"dense_layers": [-1]}, ValueError, "dense_layers must be at least 0, got -1"),
-    *(
-        (law, {"dense_layers": wrong}, TypeError, "dense_layers must be")
-        for wrong in ("0", np.array(2), np.array([0.5]), torch.tensor([True]))
-    ),
     (law, {"selection": "topk", "prefill": "block"}, TypeError, "leave out prefill"),
-    (law, {"refine": 1}, TypeError, r"unknown option refine; allowed are alpha, C, .*block_size.*selection"),
-    *(
-        (law, {wrong: 0.5}, TypeError, rf"unknown option {wrong}; .* Did you mean {meant}\?")
-        for wrong, meant in (("c", "C"), ("sinkkeys", "sink_keys"), ("select", "selection"))
-    ),
-    (law, {"xyzzy": 1}, TypeError, r"and selection$"),
+    (law, {"sinkkeys": 1}, TypeError, r"unknown option sinkkeys; .* Did you mean sink_keys\?"),
     *((law, {name: 1}, TypeError, "unknown option") for name in ("\ud800", "\x1b[2J", "a\nb", "x" * 100_000)),
-    (read, "", ValueError, "cannot be read as one: Expecting value"),
     (read, "3", TypeError, "mapping of names to values, got int"),
     (read, "[" * 100_000 + "]" * 100_000, ValueError, "recursion"),
     (read, '{"alpha": 1' + "0" * 400 + "}", ValueError, "alpha must be a positive number, got an integer of 1329 bits"),
     (read, '{"alpha": 1' + "0" * 10_000 + "}", ValueError, "digits"),
     (read, '{"alpha": 1, "alpha": 2}', ValueError, "once, got 'alpha' several times"),
     (read, '{"C": 1}', TypeError, "alpha is missing"),
-    (read, '{"alpha": 1, "sink_keys": 1' + "0" * 50 + "}", ValueError, "sink_keys must be at most 2147483647"),
-    (read, '{"alpha": 1, "prefill": {"a": 1}}', ValueError, "prefill must be one of"),
     (read, '{"alpha": "' + "x" * 100_000 + '"}', TypeError, "alpha must be a positive number"),
     *((budget, {"n": n}, ValueError, "n must be at least 0, got -3") for n in (-3, torch.tensor([2, -3]))),
     (budget, {"n": torch.tensor([2**31])}, ValueError, "n must be at most 2147483647, got"),
-    *(
-        (budget, {"n": wrong}, TypeError, "n must be an integer")
-        for wrong in (2.5, True, np.float32(2), "3", torch.tensor([2.0]), torch.tensor([True]))
-    ),
+    *((budget, {"n": n}, TypeError, "n must be an integer") for n in (2.5, True, torch.tensor([2.0]))),
     (budget, {"n": 9, "layer": None}, ValueError, "alpha is given per layer: say which layer"),
-    (budget, {"n": 9, "layer": 0}, ValueError, "given per head: say which head"),
     (budget, {"n": 9, "layer": 2}, ValueError, "alpha is given for 2 layers, got layer 2"),
-    (budget, {"n": 9, "layer": 0, "head": 2}, ValueError, "given for 2 heads, got head 2"),
-    (lambda _: of_a_model(3, 4, alpha=[1.0, 2.0]), 0, ValueError, "alpha has 2 layers, the model has 3"),
-    (lambda _: of_a_model(2, 4, C=[0.5, [0.1, 0.2, 0.3]]), 0, ValueError, r"C\[1\] has 3 heads, the model has 4"),
-    (lambda _: of_a_model(3, 4, dense_layers=[0, 7]), 0, ValueError, r"layers \[7\], the model has layers 0 to 2"),
-]  # fmt: skip
+    (of_a_model, {"alpha": [1.0, 2.0]}, ValueError, "alpha has 2 layers, the model has 3"),
+    (of_a_model, {"C": [0.5, [0.1, 0.2, 0.3], 0.5]}, ValueError, r"C\[1\] has 3 heads, the model has 4"),
+    (of_a_model, {"dense_layers": [0, 7]}, ValueError, r"layers \[7\], the model has layers 0 to 2"),
+]
 
 
 @pytest.mark.parametrize(("call", "given", "error", "words"), REFUSED, ids=range(len(REFUSED)))
@@ -150,13 +122,10 @@ def test_it_is_a_frozen_value_that_json_and_its_repr_hold(alpha):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.alpha = 3.0
     assert (law(selection="window").prefill, law(selection="window").decode) == (Window(), Window())
-
-
-def test_the_repr_says_what_differs_from_the_defaults_and_stays_short():
+    # The repr says what differs from the defaults, and stays short.
     profiled = NCConfig([[1.0, 2.0, 3.0]] * 30, [0.5] * 30, dense_below=7, selection="topk")
     layers = "alpha=<30 layers of 3 heads, 1 to 3>, C=<30 layers, 0.5 to 0.5>"
     assert repr(profiled) == f"NCConfig({layers}, selection='topk', dense_below=7)"
-    assert repr(NCConfig(2.0, 0.5)) == "NCConfig(alpha=2.0, C=0.5)"
 
 
 # Numbers of Python, numpy and PyTorch
@@ -247,14 +216,6 @@ def test_budgets_of_many_heads_and_of_huge_n_are_exact():
         assert of_law == expected
         assert NCConfig(float(factor), 0.5).budget(torch.from_numpy(n)).tolist() == expected
     assert row_budgets(visible[:0], 8, [1.0, 2.0], [0.5] * 2, 1).shape == (0, 2, len(n))
-
-
-@pytest.mark.parametrize("name", ["cpu", "meta"])
-def test_laws_sent_to_a_device_in_inference_mode_serve_training(name):
-    # On the device "meta" as on a GPU: they are copied by a thread that no mode of this one applies to.
-    with torch.inference_mode():
-        made = _laws((1.375, 2.0), (0.75, 0.5), torch.device(name))
-    assert [(each.device.type, each.is_inference()) for each in made] == [(name, False)] * 2
 
 
 def test_the_function_attends_by_the_law_alone_unless_it_is_told(dense_with_few_keys):
