@@ -4,20 +4,18 @@
 """
 
 import copy
-from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from attention_cases import DESCRIBED, HARD, TOLERANCE, WAYS, Case, Shape, check, index_of, random_case
-from operations import BACKENDS, EACH, assert_close, assert_summarises, device_of, problem_of_case
+from attention_cases import DESCRIBED, HARD, TOLERANCE, WAYS, Case, Shape, check, index_of
+from operations import BACKENDS, EACH, assert_close, assert_summarises, device_of
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import KeyIndex, patch_model
 from nc_patch.ops import rows
-from nc_patch.ops.means import PageMeans, page_means, page_starts
+from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult
-from nc_patch.ops.reference import raw_scores
 from nc_patch.selections.index import extend
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -77,34 +75,6 @@ def test_a_broken_value_reaches_the_rows_that_attend_it_and_none_of_another_prog
             of_program = launch.tiles_for(architecture, dtype, 80, 80, 40).rows
             first = (key - 53 + 40) // of_program * of_program
         assert sound[:, :, : max(first, 0), column].all()
-
-
-@EACH
-@pytest.mark.parametrize("way", ["topk", "block", "codes", "pages"])
-def test_neighbours_in_a_batch_change_nothing(way, backend):
-    few = {"queries": 1, "group": 3} if WAYS[way].index else {"queries": 40}
-    case = Shape("neighbours", (), batch=2, keys=80, intervals="padding", **few).case()
-    case.options["min_mass"] = 0.6
-    alone = replace(case, **{n: getattr(case, n)[1:] for n in ("query", "key", "value", "visible", "origin", "budget")})
-    case.key[0], case.value[0] = 2.0, 3.0
-    both, one = (of.run(way, backend).output for of in (case, alone))
-    assert torch.equal(both[1], one[0])
-
-
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "cpu"])
-@pytest.mark.parametrize("way", ["topk", "codes with means"])
-@pytest.mark.parametrize("whole", [False, True], ids=["some", "all"])
-def test_a_page_that_is_attended_whole_hides_what_its_mean_holds(way, whole, backend):
-    """A page without a key left over for any row of a program has no part in the tail, though its mean is infinite."""
-    case = Shape("whole", (), queries=2, keys=64, sink_keys=16, recent_keys=0).case()
-    case.budget = torch.tensor([[[16, 16 if whole else 8]]], dtype=torch.int32)
-    means = page_means(case.key, case.value, page_starts(case.visible, case.origin, 64))
-    means.value[:, :, 0] = torch.inf
-    output = case.run(way, backend, means=PageMeans(*(t.to(device_of(backend)) for t in means))).output
-    if whole:
-        assert_close(output, case.reference(way).output, 1e-5)
-    else:  # it may reach the other row too, which shares a program
-        assert not output[:, :, 1].isfinite().any()
 
 
 @pytest.mark.parametrize("backend", OTHERS)
@@ -213,31 +183,3 @@ def test_page_statistics_are_those_of_the_pages_keys_whatever_they_are(kind, bac
                     continue
                 for h in range(2):
                     assert_summarises(codes[h], scales[h], key[b, h, max(first, 0) : last])
-
-
-@EACH
-@pytest.mark.parametrize(("pages", "chosen"), [(2, [0, 9]), (3, [0, 1, 9])])
-def test_pages_that_hold_nan_come_before_all_but_the_first_and_the_querys_own(pages, chosen, backend):
-    case = Shape("nan", (), kv_heads=2, queries=1, keys=160, budget=16 * pages).case()
-    case.key[0, 0, 20:100:16] = torch.nan
-    problem, expected = case.problem("pages"), case.reference("pages")
-    mask = case.selection("pages").mask(problem, raw_scores(problem), decode=True)
-    assert mask[0, 0, 0].view(10, 16).any(-1).nonzero()[:, 0].tolist() == chosen
-    result = case.run("pages", backend, stats=True)
-    assert torch.equal(result.attended, expected.attended)
-    assert_close(result.output, expected.output, 1e-5)
-    assert bool(result.output[:, :2].isfinite().all()) == (1 not in chosen)
-    for of_other_heads in (result.output, result.lse, result.kept_mass):
-        assert of_other_heads[:, 2:].isfinite().all()
-
-
-@pytest.mark.parametrize("backend", OTHERS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_other_backends_encode_keys_as_pytorch_does_to_rounding(dtype, backend):
-    for seed in range(3, 6 if backend == "triton" else 15):
-        case = random_case(seed, 300, dtype)
-        problems = ((problem_of_case(case, device_of(name)), name) for name in (backend, "torch"))
-        found, expected = (index_of(problem, "codes", name).tensors() for problem, name in problems)
-        for mine, its in zip(found, expected, strict=True):
-            tolerance = 1.0 if mine.dtype == torch.int8 else TOLERANCE[dtype]
-            torch.testing.assert_close(mine.float().cpu(), its.float(), atol=tolerance, rtol=1e-5)
