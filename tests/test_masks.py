@@ -7,7 +7,7 @@ from transformers import masking_utils as mu
 from nc_patch import UnsupportedMaskError, masks
 from nc_patch.masks import interval_mask
 from nc_patch.ops.problem import visible_mask
-from nc_patch.visibility import Visibility, is_bidirectional, is_packed, is_plain_causal, visibility_of
+from nc_patch.visibility import Visibility, is_bidirectional, is_packed, visibility_of
 
 LENGTH = 40
 SEQUENCES = (3, 17, 20)  # lengths of packed sequences
@@ -182,10 +182,3 @@ def test_custom_masks_are_refused_while_compiling(monkeypatch, compose):
     monkeypatch.setattr(masks.torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(UnsupportedMaskError, match="cannot be looked at while"):
         interval_mask(1, 4, 4, mask_function=compose(mu.causal_mask_function), use_vmap=compose is mu.and_masks)
-
-
-def test_plain_causal_is_told_from_the_rest():
-    padding = torch.tensor([[1] * 5, [0, 1, 1, 1, 1]]).bool()
-    cases = (((5, 9, 4), None), ((5, 12, 4), None), ((5, 5, 0), padding | True), ((5, 5, 0), padding))
-    seen = [found(mu.causal_mask_function, (*call, 0), given, batch=2).visible for call, given in cases]
-    assert [is_plain_causal(s, call[1]) for s, (call, _) in zip(seen, cases, strict=True)] == [True, False] * 2
