@@ -14,7 +14,7 @@ from hypothesis.stateful import initialize, invariant, precondition, rule, run_s
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
-from ways import SETTINGS, full
+from ways import SETTINGS, full, small
 
 from nc_patch import KeyIndex, forget_index, patch_model, unpatch_model
 from nc_patch.cache import KeyIndexMixin
@@ -251,6 +251,14 @@ def test_long_random_sequences_give_the_same_with_an_index_and_without(family, s
     if static and family in ("gemma2", "gpt_oss"):
         pytest.skip("sliding layers of a static cache keep no index")
     explore(examples=40, steps=40, family=family, static=static)
+
+
+def test_decoding_by_blocks_has_no_gradient_and_says_so():
+    model, ids, cache = small(selection="block", block_size=16), random_ids(1, 60), DynamicCache()
+    model(ids[:, :-1], past_key_values=cache)
+    logits = model(ids[:, -1:], past_key_values=cache).logits
+    with pytest.raises(RuntimeError, match=r"has no gradient. Train on whole sequences"):
+        logits.sum().backward()
 
 
 def test_steps_have_the_gradient_of_a_query_whose_keys_have_none():

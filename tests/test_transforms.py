@@ -6,7 +6,7 @@ from tiny_models import random_ids
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from ways import EACH_SETTING, SETTINGS, small
 
-from nc_patch import KeyIndex, nc_stats, sparse_attention
+from nc_patch import nc_stats, sparse_attention
 
 SELECTIONS = {**SETTINGS, "dense": {"selection": "dense"}}
 EACH_SELECTION = pytest.mark.parametrize("settings", SELECTIONS.values(), ids=SELECTIONS)
@@ -103,25 +103,3 @@ def test_what_cannot_be_mapped_is_refused():
         model = small(**options)
         with pytest.raises(RuntimeError, match=reason), torch.no_grad():
             vmap(lambda row, model=model: model(row[None]).logits)(random_ids(2, length))
-
-
-def test_an_index_that_is_given_serves_a_map_and_has_no_gradient_there_either():
-    query, key = torch.randn(3, 1, 2, 1, 8), torch.randn(1, 2, 64, 8)
-    for kind, selection in (("codes", "topk"), ("pages", "block")):
-        index = KeyIndex.build(key, kind)
-        attend = lambda q, i=index, s=selection: sparse_attention(  # noqa: E731
-            q, key, key, alpha=2.0, C=0.5, selection=s, index=i, tail="drop"
-        )
-        torch.testing.assert_close(vmap(attend)(query)[2], attend(query[2]))
-        with pytest.raises(RuntimeError, match="decoding by an index has no gradient"):
-            grad(lambda q, attend=attend: attend(q).sum())(query[0])
-
-
-def test_compiled_transforms_give_the_same_gradients_and_whole_graphs_of_them_are_refused_by_name():
-    _, loss, query = energy({"selection": "topk"})
-    expected = by_autograd(loss, query)
-    for derivative in (grad(torch.compile(loss, backend="aot_eager")), torch.compile(grad(loss), backend="aot_eager")):
-        torch.testing.assert_close(derivative(query), expected)
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"leave out fullgraph=True"):
-        torch.compile(lambda query: grad(loss)(query), backend="aot_eager", fullgraph=True)(query)
