@@ -108,15 +108,6 @@ def test_a_prompt_in_more_parts_gives_the_same(size, backend, monkeypatch):
                 assert_close(found, expected.double(), 1e-6)
 
 
-@EACH
-def test_queries_may_be_of_any_size_or_no_number(backend):
-    case = Shape("queries", (), queries=6, keys=130, group=3, recent_keys=2, unequal=0.0).case()
-    case.query *= torch.logspace(-36, 30, 6)[:, None]
-    check("codes", case, backend, bounds=True)
-    case.query[0, 1, 3, 5] = torch.nan
-    check("codes", case, backend, stats=False, bounds=True)
-
-
 # Keys that end with a page of the first sequence, that begin one and that lie within one.
 @EACH
 @pytest.mark.parametrize(

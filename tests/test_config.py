@@ -10,8 +10,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from profiles import made_up_profile
 
 from nc_patch import KeyIndex, NCConfig, selections, sparse_attention
@@ -80,25 +78,6 @@ def test_what_is_wrong_is_refused_by_name_in_a_short_message(call, given, error,
         call(**given) if isinstance(given, dict) else call(given)
     assert len(str(caught.value)) < 800
     assert str(caught.value).isprintable()
-
-
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["topk", "auto"]),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-        max_leaves=6,
-    ),
-    st.sampled_from(sorted(NCConfig(1.0).to_dict())),
-)
-@settings(max_examples=300, deadline=None)
-def test_any_value_of_any_setting_is_taken_or_refused_by_name(value, name):
-    values = NCConfig(1.0).to_dict() | {name: value}
-    config, said = None, ""
-    try:
-        config = read(json.dumps(values))
-    except (ValueError, TypeError) as error:
-        said = str(error)
-    assert said if config is None else read(config.to_json()) == config
 
 
 @pytest.mark.parametrize(("name", "default"), [("estimator", "sampled"), ("refine", True), ("law", "power")])

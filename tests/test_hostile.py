@@ -18,7 +18,7 @@ from tiny_sweep import sweep_arguments
 
 from eval_tasks.errors import EvalError
 from eval_tasks.report import Report
-from eval_tasks.store import claimed, read_rows
+from eval_tasks.store import read_rows
 from eval_tasks.summary import merge_runs
 from nc_patch.cli import main
 
@@ -145,21 +145,6 @@ def test_links_lead_no_write_out_of_the_directory(name, target, directory, tmp_p
     main(["report", str(directory)] if reports else sweep_arguments(tmp_path / "model", directory))
     assert "Traceback" not in capsys.readouterr().err
     assert files_of(outside) == before
-
-
-@pytest.mark.parametrize("name", ["results.jsonl", "run.json", ".lock"])
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
-def test_what_is_no_file_is_refused_and_never_waited_for(name, make, directory, tmp_path, capsys):
-    (directory / name).unlink(missing_ok=True)
-    make(directory / name)
-    if name != ".lock":
-        assert main(["report", str(directory), "--out", str(tmp_path / "out")]) == 2
-        said = capsys.readouterr().err
-        assert name in said
-        assert "Traceback" not in said
-    if name != "run.json":
-        with pytest.raises(EvalError, match="cannot be"), claimed(directory):
-            pass
 
 
 # Runs in a process of its own: what an audit hook sees cannot be taken back, nor the hook.

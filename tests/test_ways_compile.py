@@ -168,17 +168,6 @@ def test_an_exported_model_takes_every_length_from_two_on(name):
         assert_close(run(ids), logits(ids))
 
 
-@EACH_PLAIN
-def test_exported_attention_takes_every_number_of_queries_and_keys(settings):
-    attention = lambda q, k, v: sparse_attention(q, k, v, alpha=2.0, C=0.5, **settings)  # noqa: E731
-    tensors = lambda queries, keys: [torch.randn(1, h, n, 16) for h, n in ((4, queries), (2, keys), (2, keys))]  # noqa: E731
-    queries, keys = torch.export.Dim("queries", min=2, max=512), torch.export.Dim("keys", min=2, max=4096)
-    run = exported(attention, tensors(40, 90), ({2: queries}, {2: keys}, {2: keys}))
-    for asked, seen in ((2, 2), (2, 9), (9, 17), (60, 70), (2, 300)):
-        inputs = tensors(asked, seen)
-        assert_close(run(*inputs), attention(*inputs))
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_numbers_that_are_symbols_break_no_graph(family):
     ids, model = random_ids(2, 70), small(family, layers=2, **PLAIN["unasked"])
