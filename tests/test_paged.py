@@ -3,10 +3,11 @@
 import pytest
 import torch
 from attention_cases import TOLERANCE, Shape
-from operations import EACH, assert_close, assert_summarises, device_of
+from operations import EACH, assert_close, device_of
 
 from nc_patch.ops.problem import AttentionResult
 from nc_patch.paged import PagedKeys, PagedRows, paged_block_attention, summarize_slots_
+from nc_patch.selections.block.pages import summarize
 from nc_patch.vllm.blocks import bytes_per_key, paged_keys
 
 
@@ -136,9 +137,9 @@ def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_chan
     for last in (15, 47, 95):
         block, page = int(slots[last]) // 48, int(slots[last]) % 48 // 16
         written[block, :, page] = True
-        for h in range(2):
-            codes, scales = blocks.paged.codes[block, h, page], blocks.paged.scales[block, h, page]
-            assert_summarises(codes.cpu(), scales.cpu(), key[h, last - 15 : last + 1])
+        expected = summarize(key[:, last - 15 : last + 1])
+        for found, its, tolerance in zip(blocks.paged[2:4], expected, (1, 0), strict=True):  # codes to rounding
+            torch.testing.assert_close(found[block, :, page].cpu(), its, atol=tolerance, rtol=1e-5)
     for number, (now, old) in enumerate(zip(blocks.paged[:4], before, strict=True)):
         assert_same(*((now, old) if number < 2 else (now[~written], old[~written])))
 
