@@ -215,13 +215,3 @@ def test_one_compiled_graph_refuses_by_name():
         pytest.raises(Exception, match=r'on_drop="dense" reads in layer 0 how much was dropped'),
     ):
         torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False)
-
-
-def test_a_cuda_graph_refuses_by_name_and_tracks_nothing(monkeypatch):
-    model, ids = small(on_drop="warn"), random_ids(1, 20)
-    monkeypatch.setattr("nc_patch.attention.is_capturing", lambda tensor: True)
-    with torch.inference_mode():
-        with pytest.raises(RuntimeError, match=r'on_drop="warn".*nor a CUDA graph can'):
-            model(ids)
-        patch_model(model, 2.0, 0.5, track=True, selection="topk")(ids)
-    assert nc_stats(model)["kept_mass"] == {"prefill": None, "decode": None}

@@ -10,7 +10,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from profiles import made_up_profile
 
 from nc_patch import KeyIndex, NCConfig, selections, sparse_attention
 from nc_patch.budget import budget_of, budgets, row_budgets
@@ -128,15 +127,6 @@ def test_a_setting_and_an_argument_may_be_a_number_of_any_library(three, half):
     index = KeyIndex.build(key[:, :, :37], "pages", block_size=torch.tensor(16), capacity=np.int64(40))
     index.extend(key, three, torch.tensor([40]))
     assert all(map(torch.equal, index.tensors(), KeyIndex.build(key, "pages", block_size=16).tensors()))
-
-
-@pytest.mark.parametrize("make", [np.array, torch.tensor, tuple, iter], ids=lambda make: make.__name__)
-def test_lists_are_taken_from_arrays_tensors_and_any_iterable(make):
-    assert law(dense_layers=make([0, 2])) == law(dense_layers=[2, 0])
-    if make is not iter:
-        assert NCConfig(make([[1.0, 2.0], [3.0, 4.0]]), make([0.5, 0.25])).alpha == ((1.0, 2.0), (3.0, 4.0))
-    one = made_up_profile().at_budget(np.float64(0.5), n=np.int64(64), dense_layers=make([0]))
-    assert np.array_equal(one.alpha, made_up_profile().at_budget(0.5, n=64, dense_layers=(0,)).alpha)
 
 
 # The budget law

@@ -112,22 +112,6 @@ def test_each_row_attends_what_its_sequence_alone_would(shape, memory, backend):
     assert torch.equal(found.attended, rows_of(expected.attended))
 
 
-def assert_same(now: torch.Tensor, before: torch.Tensor) -> None:
-    torch.testing.assert_close(now, before, rtol=0, atol=0, equal_nan=True)
-
-
-@EACH
-def test_of_no_rows_and_no_slots_nothing_comes(backend):
-    blocks = Blocks(SMALL, backend)
-    before = [t.clone() for t in blocks.paged[:4]]
-    blocks.write(torch.empty(0, dtype=torch.int64))
-    for now, old in zip(blocks.paged[:4], before, strict=True):
-        assert_same(now, old)
-    blocks.query, blocks.rows = blocks.query[:0], PagedRows(*(t[:0] for t in blocks.rows[:3]), 1)
-    found = blocks.attend()
-    assert (found.output.shape, found.attended.shape) == ((0, 4, 32), (0, 4))
-
-
 @EACH
 def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_changes(backend):
     blocks = Blocks(shape_of(100, dtype=BF16), backend, keys=48)
@@ -141,7 +125,8 @@ def test_pages_are_summarised_when_their_last_key_comes_and_no_other_memory_chan
         for found, its, tolerance in zip(blocks.paged[2:4], expected, (1, 0), strict=True):  # codes to rounding
             torch.testing.assert_close(found[block, :, page].cpu(), its, atol=tolerance, rtol=1e-5)
     for number, (now, old) in enumerate(zip(blocks.paged[:4], before, strict=True)):
-        assert_same(*((now, old) if number < 2 else (now[~written], old[~written])))
+        same = (now, old) if number < 2 else (now[~written], old[~written])
+        torch.testing.assert_close(*same, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

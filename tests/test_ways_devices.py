@@ -15,12 +15,8 @@ from transformers import AutoModelForCausalLM, TextGenerationPipeline
 from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction, full_and_small, generated, small
 
 from nc_patch import UnsupportedModelError, nc_stats, patch_model, reset_stats, unpatch_model
-from nc_patch.layers import hand_on_mask
-from nc_patch.masks import interval_mask
-from nc_patch.visibility import is_packed, made_for
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module  # noqa: E402
 
 # Devices
 
@@ -60,18 +56,6 @@ def test_where_weights_lie_changes_no_number_patched_before_or_after(family, pla
             assert torch.equal(generated(model, ids), text)
             assert (attended_fraction(model) == 1.0) == (budget == FULL)
         assert torch.equal(unpatch_model(model)(ids).logits, dense(ids).logits)
-
-
-def test_a_mask_is_moved_to_a_device_once_for_all_layers_there_and_stays_where_it_is_right():
-    model, mask = small(), interval_mask(1, 5, 5)
-    layers = list(model.model.layers)
-    add_hook_to_module(layers[0], AlignDevicesHook(execution_device="cpu"))
-    assert [hand_on_mask(layer, (), {"attention_mask": mask}) for layer in layers] == [None] * 3
-    for layer in layers:
-        add_hook_to_module(layer, SequentialHook(ModelHook(), AlignDevicesHook(execution_device="meta")))
-    moved = [hand_on_mask(layer, (), {"attention_mask": mask})[1]["attention_mask"] for layer in layers]
-    assert all(each is moved[0] for each in moved)
-    assert (moved[0].device.type, is_packed(moved[0]), made_for(moved[0])) == ("meta", True, 5)
 
 
 def run_a_rank(directory, out):

@@ -12,7 +12,6 @@ from transformers import DynamicCache
 from ways import assert_close, attended_fraction, boundaries, full, generated, left_padded, rows_of, small
 
 from nc_patch import UnsupportedMaskError, nc_stats, patch_model
-from nc_patch.masks import interval_mask
 
 SELECTIONS = pytest.mark.parametrize("selection", ["topk", "window", "block"])
 
@@ -40,16 +39,6 @@ def test_a_few_tokens_of_several_sequences_that_continue_a_cache_see_their_own(s
         model(first, past_key_values=cache), dense(first, past_key_values=plain)
         found = model(torch.cat((a, b), 1), past_key_values=cache, position_ids=positions).logits
         assert_close(found, torch.cat((dense(a, past_key_values=plain).logits, dense(b).logits), 1))
-
-
-def test_a_mask_that_is_handed_in_again_with_other_boundaries_is_split_again():
-    model, ids, mask = small(), random_ids(1, 30), interval_mask(1, 30, 30)
-    with torch.inference_mode():
-        whole = model(ids, attention_mask=mask, use_cache=False).logits
-        for cut in (10, 17):
-            positions = torch.cat((torch.arange(cut), torch.arange(30 - cut)))[None]
-            found = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-            assert_close(found, torch.cat((whole[:, :cut], model(ids[:, cut:]).logits), 1))
 
 
 @pytest.mark.parametrize(
@@ -158,19 +147,6 @@ def test_blocks_hold_every_key_of_a_long_image_where_a_cache_goes_on():
 
 
 # Masks of the caller's
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_a_mask_that_is_written_to_between_calls_is_looked_at_again(grad):
-    model, ids = small(), random_ids(1, 30)
-    with torch.set_grad_enabled(grad):
-        mask = torch.ones(30, 30, dtype=torch.bool).tril()[None, None]
-        first = model(ids, attention_mask=mask, use_cache=False).logits
-        mask[..., 10:, :10] = False
-        found = model(ids, attention_mask=mask, use_cache=False).logits
-        expected = model(ids, attention_mask=mask.clone(), use_cache=False).logits
-    assert not torch.allclose(first, expected, atol=1e-3)
-    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
