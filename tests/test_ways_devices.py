@@ -148,9 +148,6 @@ def test_attention_weights_are_refused_by_name():
     model, ids = small(), random_ids(1, 20)
     with pytest.raises(UnsupportedModelError, match=r"asks for attention weights \(output_attentions\)"):
         model(ids, output_attentions=True)
-    assert nc_stats(model)["layers"][0]["calls"] == 0
-    with torch.inference_mode():
-        assert torch.equal(model(ids).logits, small()(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])

@@ -9,7 +9,7 @@ import transformers
 from family_walk import Family
 from tiny_models import VOCABULARY, random_ids, tiny_model
 from transformers import DynamicCache
-from ways import assert_close, attended_fraction, boundaries, full, generated, left_padded, rows_of, small
+from ways import assert_close, attended_fraction, boundaries, generated, left_padded, rows_of, small
 
 from nc_patch import UnsupportedMaskError, nc_stats, patch_model
 
@@ -28,17 +28,6 @@ def test_the_cache_of_packed_sequences_goes_on_as_one_sequence(selection):
             plain.update(held.keys, held.values, number)
         later = {"input_ids": random_ids(1, 1), "position_ids": torch.tensor([[70]])}
         assert_close(*(model(**later, past_key_values=each).logits for each in (cache, plain)))
-
-
-@pytest.mark.parametrize("selection", ["topk", "block"])
-def test_a_few_tokens_of_several_sequences_that_continue_a_cache_see_their_own(selection):
-    model, dense = full(prefill="topk", decode=selection, block_size=16), tiny_model("llama")
-    first, a, b, cache, plain = random_ids(1, 20), random_ids(1, 14), random_ids(1, 14), DynamicCache(), DynamicCache()
-    positions = torch.cat((torch.arange(20, 34), torch.arange(14)))[None]
-    with torch.inference_mode():
-        model(first, past_key_values=cache), dense(first, past_key_values=plain)
-        found = model(torch.cat((a, b), 1), past_key_values=cache, position_ids=positions).logits
-        assert_close(found, torch.cat((dense(a, past_key_values=plain).logits, dense(b).logits), 1))
 
 
 @pytest.mark.parametrize(
