@@ -158,3 +158,13 @@ def test_slots_beyond_32_bits_or_of_another_dtype_are_refused():
         summarize_slots_(paged, torch.tensor([15]))
     with pytest.raises(ValueError, match=r"slots must be int64 \[T\] on cpu, got int"):
         summarize_slots_(Blocks(SMALL).paged, torch.zeros(3, dtype=torch.int32))
+
+
+def test_blocks_whose_steps_have_no_common_measure_are_refused_on_a_cpu():
+    memory = torch.empty(2**31 + 2**12, dtype=torch.bfloat16)  # never touched
+    key = memory.as_strided((2049, 1, 16, 16), (2**20 + 1, 16, 19, 1))
+    paged = PagedKeys(key, key, torch.zeros(2049, 1, 1, 3, 16, dtype=torch.int8), torch.zeros(2049, 1, 1, 3), 16)
+    number = torch.ones(1, dtype=torch.int32)
+    rows = PagedRows(number[:, None], number, number[:, None], 1)
+    with pytest.raises(ValueError, match="key has blocks of 2097154 bytes and rows of 38"):
+        paged_block_attention(key[0, :1, :1], paged, rows, scale=1.0, backend="cpu")
