@@ -8,8 +8,8 @@ from functools import cache
 
 import pytest
 import torch
-from attention_cases import DESCRIBED, TOLERANCE, WAYS, Case, Shape, check, index_of
-from operations import BACKENDS, EACH, assert_close, device_of
+from attention_cases import DESCRIBED, TOLERANCE, WAYS, Case, Shape, check, index_of, random_case
+from operations import BACKENDS, EACH, assert_close, device_of, problem_of_case
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import patch_model
@@ -137,3 +137,15 @@ def test_a_patched_model_generates_as_with_pytorch(backend):
         tokens[name], logits[name] = made.sequences.tolist(), torch.cat(made.logits)
     assert tokens[backend] == tokens["torch"]
     torch.testing.assert_close(logits[backend], logits["torch"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_other_backends_encode_keys_as_pytorch_does_to_rounding(dtype, backend):
+    for seed in range(3, 6 if backend == "triton" else 15):
+        case = random_case(seed, 300, dtype)
+        problems = ((problem_of_case(case, device_of(name)), name) for name in (backend, "torch"))
+        found, expected = (index_of(problem, "codes", name).tensors() for problem, name in problems)
+        for mine, its in zip(found, expected, strict=True):
+            tolerance = 1.0 if mine.dtype == torch.int8 else TOLERANCE[dtype]
+            torch.testing.assert_close(mine.float().cpu(), its.float(), atol=tolerance, rtol=1e-5)
