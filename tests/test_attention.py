@@ -5,14 +5,15 @@
 
 import copy
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
-from attention_cases import DESCRIBED, TOLERANCE, WAYS, Case, Shape, check, index_of, random_case
+from attention_cases import DESCRIBED, HARD, TOLERANCE, WAYS, Case, Shape, check, index_of, random_case
 from operations import BACKENDS, EACH, assert_close, device_of, problem_of_case
 from tiny_models import random_ids, tiny_model
 
-from nc_patch import patch_model
+from nc_patch import KeyIndex, patch_model
 from nc_patch.ops import rows
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult
@@ -149,3 +150,43 @@ def test_other_backends_encode_keys_as_pytorch_does_to_rounding(dtype, backend):
         for mine, its in zip(found, expected, strict=True):
             tolerance = 1.0 if mine.dtype == torch.int8 else TOLERANCE[dtype]
             torch.testing.assert_close(mine.float().cpu(), its.float(), atol=tolerance, rtol=1e-5)
+
+
+def assert_summarises(codes: torch.Tensor, scales: torch.Tensor, page: torch.Tensor) -> None:
+    """``codes [3, D]`` and ``scales [3]`` are those of the keys ``[n, D]``; of the farthest any may be apart."""
+    page, n = page.double(), len(page)
+    apart, mean, root = codes.double() * scales[:, None].double()
+    # A code is off by half a step, and by a whole one of the smallest numbers.
+    step = lambda x: 0.502 * float(x.abs().max()) / 127 + 1e-37  # noqa: E731
+    distance = (page - page.mean(0)).square().sum(-1)
+    far = (page - apart).abs().amax(-1).argmin()
+    assert float((page[far] - apart).abs().max()) <= step(page[far])
+    assert float(distance[far]) >= float(distance.max()) * (1 - 1e-5)
+    if n == 1:
+        assert not codes[1:].any()
+        return
+    largest = float(page.abs().max())
+    variance = codes[2] * scales[2].double() ** 2
+    assert (root >= 0).all()
+    # Equal distances are decided by rounding.
+    for i in (distance >= distance.max() * (1 - 1e-5)).nonzero()[:, 0]:
+        others = page[torch.arange(n) != i]
+        of_mean, of_variance = others.mean(0), others.var(0, correction=0)
+        if float((of_mean - mean).abs().max()) <= step(of_mean) + 1e-5 * largest:
+            off = float((of_variance - variance).abs().max())
+            assert off <= step(of_variance) + 1e-5 * largest**2
+            return
+    raise AssertionError("no mean of the others is that of the page")
+
+
+@EACH
+@pytest.mark.parametrize("kind", HARD)
+def test_page_statistics_are_those_of_the_pages_keys_whatever_they_are(kind, backend):
+    begins = (-5, -15)  # a cache has dropped the first keys, and of the first pages 11 and one are left
+    for seed in range(2 if backend == "triton" else 12):
+        key = HARD[kind](torch.randn(2, 2, 48, 1 + 3 * seed, generator=torch.Generator().manual_seed(seed)))
+        options = {"start": torch.tensor(begins, device=device_of(backend)), "backend": backend}
+        codes, scales = KeyIndex.build(key.to(device_of(backend)), "pages", **options).tensors()
+        for b, h, j in product(range(2), range(2), range(3)):
+            first = begins[b] + 16 * j
+            assert_summarises(codes[b, h, j].cpu(), scales[b, h, j].cpu(), key[b, h, max(first, 0) : first + 16])

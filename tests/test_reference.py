@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from attention_cases import HARD, Shape, random_case
+from attention_cases import Shape, random_case
 from operations import assert_close, problem_of_case
 
 from nc_patch import sparse_attention
 from nc_patch.ops.problem import visible_mask
 from nc_patch.ops.reference import raw_scores
 from nc_patch.ops.rows import Rows
-from nc_patch.selections.block.pages import summarize
 from nc_patch.selections.window import Window
 
 
@@ -77,38 +76,3 @@ def test_a_page_whose_keys_are_equal_is_not_missed():
     assert_close(sparse_attention(query, key, value, tail="mean", **options), dense, 1e-6)
     with pytest.raises(AssertionError, match="relative error"):
         assert_close(sparse_attention(query, key, value, tail="drop", **options), dense, 0.1)
-
-
-def assert_summarises(codes, scales, page):
-    """``codes [3, D]`` and ``scales [3]`` are those of the keys ``[n, D]``; of the farthest any may be apart."""
-    page, n = page.double(), len(page)
-    apart, mean, root = codes.double() * scales[:, None].double()
-    # A code is off by half a step, and by a whole one of the smallest numbers.
-    step = lambda x: 0.502 * float(x.abs().max()) / 127 + 1e-37  # noqa: E731
-    distance = (page - page.mean(0)).square().sum(-1)
-    far = (page - apart).abs().amax(-1).argmin()
-    assert float((page[far] - apart).abs().max()) <= step(page[far])
-    assert float(distance[far]) >= float(distance.max()) * (1 - 1e-5)
-    if n == 1:
-        assert not codes[1:].any()
-        return
-    largest = float(page.abs().max())
-    variance = codes[2] * scales[2].double() ** 2
-    assert (root >= 0).all()
-    # Equal distances are decided by rounding.
-    for i in (distance >= distance.max() * (1 - 1e-5)).nonzero()[:, 0]:
-        others = page[torch.arange(n) != i]
-        of_mean, of_variance = others.mean(0), others.var(0, correction=0)
-        if float((of_mean - mean).abs().max()) <= step(of_mean) + 1e-5 * largest:
-            off = float((of_variance - variance).abs().max())
-            assert off <= step(of_variance) + 1e-5 * largest**2
-            return
-    raise AssertionError("no mean of the others is that of the page")
-
-
-@pytest.mark.parametrize("kind", HARD)
-def test_page_statistics_are_those_of_the_keys_whatever_they_are(kind):
-    for seed in range(40):
-        g = torch.Generator().manual_seed(seed)
-        page = HARD[kind](torch.randn(1, 1, 1 + seed % 16, 1 + seed % 19, generator=g))[0, 0]
-        assert_summarises(*summarize(page), page)
