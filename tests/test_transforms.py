@@ -80,15 +80,6 @@ def test_gradients_of_every_sample_are_those_of_each_alone(settings, track):
         torch.testing.assert_close({name: g[row] for name, g in each.items()}, expected, atol=1e-5, rtol=1e-4)
 
 
-@EACH_SETTING
-def test_a_model_maps_over_rows_with_and_without_a_cache(settings):
-    model, ids = small(**settings), random_ids(3, 30)
-    for use_cache in (False, True):
-        found = vmap(lambda row, use_cache=use_cache: model(row[None], use_cache=use_cache).logits[0])(ids)
-        torch.testing.assert_close(found, model(ids).logits)
-    model.generate(ids, max_new_tokens=3, do_sample=False)  # nothing of the transform is left in the model
-
-
 def test_what_cannot_be_mapped_is_refused():
     by_index = ({"selection": "block"}, 1, r"decoding by an index does not run inside a transform")
     for options, length, reason in (by_index, ({"on_drop": "warn"}, 20, r"nor a transform of torch.func")):
