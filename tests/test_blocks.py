@@ -19,14 +19,14 @@ from nc_patch.selections.block.blocks import BlockOptions, plan_of
 from nc_patch.stats import MassCounts
 
 
-def peaked(seed: int, B: int, n: int, Hq: int = 4, Hkv: int = 2, D: int = 16) -> tuple[torch.Tensor, ...]:
+def peaked(seed: int, B: int, n: int, Hq: int = 4) -> tuple[torch.Tensor, ...]:
     """Query, key and value whose attention is sparse: keys drift slowly, and some queries repeat an early key."""
     g = torch.Generator().manual_seed(seed)
-    drift = torch.randn(B, Hkv, n, D, generator=g).cumsum(2)
-    key = drift / drift.norm(dim=-1, keepdim=True) * 4 + torch.randn(B, Hkv, n, D, generator=g) * 0.3
-    query = key.repeat_interleave(Hq // Hkv, 1) + torch.randn(B, Hq, n, D, generator=g)
+    drift = torch.randn(B, 2, n, 16, generator=g).cumsum(2)
+    key = drift / drift.norm(dim=-1, keepdim=True) * 4 + torch.randn(B, 2, n, 16, generator=g) * 0.3
+    query = key.repeat_interleave(Hq // 2, 1) + torch.randn(B, Hq, n, 16, generator=g)
     query[:, :, n // 2 :: 3] = query[:, :, : n - n // 2 : 3]
-    return query, key, torch.randn(B, Hkv, n, D, generator=g)
+    return query, key, torch.randn(B, 2, n, 16, generator=g)
 
 
 def causal_problem(query, key, value, alpha: float, dense_below: int = 0, kind: str = "plain", **more) -> Problem:

@@ -232,25 +232,21 @@ class CacheSequences(Machine):
             self.call(1)
 
 
-def explore(examples: int, steps: int, **attributes: object) -> None:
-    how = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
-    how |= {"phases": [Phase.generate]}  # shrinking a sequence of model calls takes longer than reading it
-    machine = type("Machine", (CacheSequences,), attributes)
-    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps, **how))
-
-
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_random_sequences_give_the_same_with_an_index_and_without(static):
-    explore(examples=30, steps=16, static=static)
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3"])
-def test_long_random_sequences_give_the_same_with_an_index_and_without(family, static):
+@pytest.mark.parametrize(
+    ("family", "examples", "steps"),
+    [
+        ("llama", 30, 16),
+        *(pytest.param(name, 40, 40, marks=pytest.mark.wide) for name in ("llama", "gemma2", "gpt_oss", "qwen3")),
+    ],
+)
+def test_random_sequences_give_the_same_with_an_index_and_without(family, examples, steps, static):
     if static and family in ("gemma2", "gpt_oss"):
         pytest.skip("sliding layers of a static cache keep no index")
-    explore(examples=40, steps=40, family=family, static=static)
+    how = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+    how |= {"phases": [Phase.generate]}  # shrinking a sequence of model calls takes longer than reading it
+    machine = type("Machine", (CacheSequences,), {"family": family, "static": static})
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps, **how))
 
 
 def test_decoding_by_blocks_has_no_gradient_and_says_so():

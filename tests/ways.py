@@ -143,10 +143,10 @@ def left_padded(rows: list[torch.Tensor], side: str = "left") -> dict[str, torch
 right_padded = partial(left_padded, side="right")
 
 
-def with_holes(rows: list[torch.Tensor], at: int = 9) -> dict[str, torch.Tensor]:
-    """A left-padded batch in whose longer rows padding of 3, 7, ... places follows the first ``at`` tokens."""
-    holes = [torch.zeros(3 + 4 * (place % 4) if len(row) > at else 0).long() for place, row in enumerate(rows)]
-    return left_padded([torch.cat((row[:at], hole, row[at:])) for row, hole in zip(rows, holes, strict=True)])
+def with_holes(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A left-padded batch in whose longer rows padding of 3, 7, ... places follows the first nine tokens."""
+    holes = [torch.zeros(3 + 4 * (place % 4) if len(row) > 9 else 0).long() for place, row in enumerate(rows)]
+    return left_padded([torch.cat((row[:9], hole, row[9:])) for row, hole in zip(rows, holes, strict=True)])
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
