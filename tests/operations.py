@@ -48,30 +48,3 @@ def problem_of_case(case: Any, device: str = "cpu", **more: Any) -> Problem:
     tensors = (case.query, case.key, case.value, case.visible, case.budget, case.sinks)
     moved = (None if t is None else t.to(device) for t in tensors)
     return problem_of(*moved, scale=case.scale, softcap=case.softcap, origin=case.origin.to(device), **more)
-
-
-def assert_summarises(codes: torch.Tensor, scales: torch.Tensor, page: torch.Tensor) -> None:
-    """``codes [3, D]`` and ``scales [3]`` are those of the keys ``[n, D]``; of the farthest any may be apart."""
-    page, n = page.double(), len(page)
-    apart, mean, root = codes.double() * scales[:, None].double()
-    # A code is off by half a step, and by a whole one of the smallest numbers.
-    step = lambda x: 0.502 * float(x.abs().max()) / 127 + 1e-37  # noqa: E731
-    distance = (page - page.mean(0)).square().sum(-1)
-    far = (page - apart).abs().amax(-1).argmin()
-    assert float((page[far] - apart).abs().max()) <= step(page[far])
-    assert float(distance[far]) >= float(distance.max()) * (1 - 1e-5)
-    if n == 1:
-        assert not codes[1:].any()
-        return
-    largest = float(page.abs().max())
-    variance = codes[2] * scales[2].double() ** 2
-    assert (root >= 0).all()
-    # Equal distances are decided by rounding.
-    for i in (distance >= distance.max() * (1 - 1e-5)).nonzero()[:, 0]:
-        others = page[torch.arange(n) != i]
-        of_mean, of_variance = others.mean(0), others.var(0, correction=0)
-        if float((of_mean - mean).abs().max()) <= step(of_mean) + 1e-5 * largest:
-            off = float((of_variance - variance).abs().max())
-            assert off <= step(of_variance) + 1e-5 * largest**2
-            return
-    raise AssertionError("no mean of the others is that of the page")

@@ -4,7 +4,6 @@ The audit has no bias, and an interval that holds the truth as often as it says.
 """
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -16,19 +15,18 @@ from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals
 from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
 from nc_patch.selections.block.audit import AUDIT_COLUMNS, audited_rows
-from nc_patch.selections.block.blocks import BlockOptions, BlockPlan, plan_of
-from nc_patch.selections.block.torch import choose_blocks
+from nc_patch.selections.block.blocks import BlockOptions, plan_of
 from nc_patch.stats import MassCounts
 
 
-def peaked(seed: int, B: int, n: int, Hq: int = 4, Hkv: int = 2, D: int = 16) -> tuple[torch.Tensor, ...]:
+def peaked(seed: int, B: int, n: int, Hq: int = 4) -> tuple[torch.Tensor, ...]:
     """Query, key and value whose attention is sparse: keys drift slowly, and some queries repeat an early key."""
     g = torch.Generator().manual_seed(seed)
-    drift = torch.randn(B, Hkv, n, D, generator=g).cumsum(2)
-    key = drift / drift.norm(dim=-1, keepdim=True) * 4 + torch.randn(B, Hkv, n, D, generator=g) * 0.3
-    query = key.repeat_interleave(Hq // Hkv, 1) + torch.randn(B, Hq, n, D, generator=g)
+    drift = torch.randn(B, 2, n, 16, generator=g).cumsum(2)
+    key = drift / drift.norm(dim=-1, keepdim=True) * 4 + torch.randn(B, 2, n, 16, generator=g) * 0.3
+    query = key.repeat_interleave(Hq // 2, 1) + torch.randn(B, Hq, n, 16, generator=g)
     query[:, :, n // 2 :: 3] = query[:, :, : n - n // 2 : 3]
-    return query, key, torch.randn(B, Hkv, n, D, generator=g)
+    return query, key, torch.randn(B, 2, n, 16, generator=g)
 
 
 def causal_problem(query, key, value, alpha: float, dense_below: int = 0, kind: str = "plain", **more) -> Problem:
@@ -47,24 +45,13 @@ def causal_problem(query, key, value, alpha: float, dense_below: int = 0, kind: 
     return problem_of(query, key, value, visible, budget, scale=0.25, origin=origin, **more)
 
 
-def stride_at(n: int, counts: list[int], stride: int | None = None) -> int:
-    """The stride of a query block that sees n keys and has so many key blocks of 16 for each key/value head."""
-    seen, options = torch.tensor([n], dtype=torch.int32), BlockOptions(sample_stride=stride)
-    return int(blocks.strides_of(seen, torch.tensor([counts]), options))
-
-
-def test_strides_grow_with_the_square_root_of_the_length_and_follow_the_mean_over_key_value_heads():
-    # n / 2k is n^0.5 / 24 for a budget of 12 n^0.5, here rounded up to whole blocks.
-    counts = lambda n: -(-math.ceil(12 * n**0.5) // 16)  # noqa: E731
+def test_strides_are_the_powers_of_two_nearest_to_the_length_over_twice_the_mean_budget_of_heads():
     expected = {1024: 2, 4607: 2, 5000: 4, 18_000: 4, 20_000: 8, 65_536: 8, 131_072: 16, 262_144: 16, 300_000: 32}
-    assert {n: stride_at(n, [counts(n)]) for n in expected} == expected
-    assert [stride_at(5000, [counts(5000)], stride) for stride in blocks.SAMPLE_STRIDES] == [*blocks.SAMPLE_STRIDES]
-    # Scoring costs n / stride keys a row, which is near 2k everywhere from where the stride is free to be so.
-    for n in (8192, 32_768, 131_072, 524_288, 1_048_576):
-        assert 2**-0.5 < n / stride_at(n, [counts(n)]) / (2 * 16 * counts(n)) <= 2**0.5
-    for of_heads in ([32, 160], [96, 96], [160, 32], [1, 191]):
-        assert stride_at(16_384, of_heads) == 4  # 16384 / (2 * 16 * 96) = 5.3
-    assert stride_at(16_384, [1, 1]) == 64
+    seen = torch.tensor([*expected], dtype=torch.int32)
+    counts = (12 * seen.double().sqrt() / 16).ceil().int()  # blocks of 16 of a budget of 12 n^0.5
+    assert blocks.strides_of(seen, counts[:, None], BlockOptions()).tolist() == [*expected.values()]
+    unlike = torch.stack((counts // 4, counts * 2 - counts // 4), -1)
+    assert blocks.strides_of(seen, unlike, BlockOptions()).tolist() == [*expected.values()]
 
 
 def test_query_blocks_that_min_mass_enlarges_are_counted_and_keep_as_much():
@@ -83,61 +70,18 @@ def test_query_blocks_that_min_mass_enlarges_are_counted_and_keep_as_much():
         assert bool((of_heads >= 0.9 - 1e-5).all()), "of the scored rows, for each key/value head"
 
 
-def test_what_an_audit_compares_with_is_the_kept_mass_of_the_rows_that_chose():
-    problem = causal_problem(*peaked(7, 2, 1024), 4.0, 300, stats=True, audit_seed=0)
-    options = Block(min_mass=0.5, max_factor=1.0)  # by which rows share out their softmax, not their highest scores
-    result, plan = options.run(problem, "torch"), plan_of(problem, options)
-    _, expected = choose_blocks(problem, plan, options)
-    for number, (batch, *_, first_sample, samples) in enumerate(plan.listed):
-        rows = plan.samples[first_sample : first_sample + samples].long()
-        true = result.kept_mass[batch, :, rows].mean(-1) if samples else torch.ones(4)
-        assert torch.allclose(expected[number], true, atol=1e-5)
-    dense = [samples == 0 for *_, samples in plan.listed]
-    assert dense == [last <= 300 for _, _, last, *_ in plan.listed]
-    scored = torch.zeros(2, 1024, dtype=torch.bool)
-    scored[plan.table[:, 0].long()[plan.sample_owner.long()], plan.samples.long()] = True
-    sparse = torch.tensor([not d for d in dense])[plan.owner]
-    kept = result.kept_mass.movedim(1, 0)
-    assert kept[:, scored].mean() > kept[:, sparse & ~scored].mean(), "the rows that chose keep more, not less"
-
-
-@pytest.fixture
-def made(monkeypatch) -> list[BlockPlan]:
-    """The plans that are made."""
-    plans, make = [], blocks.make_plan
-    monkeypatch.setattr(blocks, "make_plan", lambda *given: plans.append(make(*given)) or plans[-1])
-    return plans
-
-
-def test_a_plan_is_made_once_for_layers_with_the_same_intervals_and_budgets_and_anew_for_others(made):
-    problem, options = causal_problem(*peaked(3, 1, 200), 2.0), Block()
-    first = blocks.plan_of(problem, options)
-    assert blocks.plan_of(problem._replace(query=problem.query * 2, key=problem.key + 1), Block()) is first
-    assert len(made) == 1
-    others = (
-        (problem._replace(budget=problem.budget.clone()), options),
-        (problem._replace(origin=problem.origin.clone()), options),
-        (problem._replace(visible=problem.visible.clone()), options),
-        (problem, Block(size=32)),
-        (problem, Block(local_keys=0)),
-        (problem._replace(key=problem.key[:, :1], query=problem.query[:, :1]), options),
-    )
-    assert all(blocks.plan_of(other, of) is not first for other, of in others)
-    by_head = problem._replace(budget=problem.budget.expand(-1, problem.query.shape[1], -1).contiguous())
-    assert blocks.plan_of(by_head, options) is not blocks.plan_of(by_head, options)
-
-
-def test_a_patched_model_makes_one_plan_for_all_layers_of_a_forward_pass(made):
+def test_a_patched_model_makes_one_plan_for_all_layers_of_one_law_in_a_forward_pass(monkeypatch):
+    made, make = [], blocks.make_plan
+    monkeypatch.setattr(blocks, "make_plan", lambda *given: made.append(given) or make(*given))
     model, tokens = tiny_model("llama"), random_ids(2, 200)
-    layers, settings = model.config.num_hidden_layers, {"prefill": "block", "backend": "torch", "dense_below": 0}
+    settings = {"prefill": "block", "backend": "torch", "dense_below": 0}
     with torch.no_grad():
         patch_model(model, 2.0, 0.5, **settings)
         for number, given in enumerate((tokens, tokens, tokens[:, :70]), 1):
             model(given)
             assert len(made) == number
-        patch_model(model, [2.0 + layer for layer in range(layers)], 0.5, **settings)
-        model(tokens)
-    assert len(made) == 3 + layers
+        patch_model(model, [2.0, 3.0, 4.0], 0.5, **settings)(tokens)
+    assert len(made) == 3 + 3
 
 
 def test_intervals_that_a_caller_changes_between_calls_count_and_nothing_is_left_on_them():

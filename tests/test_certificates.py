@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import problem_of_case
 from tiny_models import random_ids, tiny_model
-from ways import SETTINGS, TOPK, UNASKED, small
+from ways import SETTINGS, TOPK, small
 
 from nc_patch import DroppedMassError, NCConfig, nc_stats, patch_model, reset_stats
 from nc_patch.certificates import certified_bounds, find_drop
@@ -68,19 +68,16 @@ def test_what_is_attended_whole_is_certain_to_be_whole_and_a_nan_never_to_be_kep
         assert bool((lower == 0).all() and (upper == 1).all()), way
 
 
-def least_kept(kept: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor) -> DroppedMassError | None:
-    none = torch.empty(0)
-    return find_drop(kept, Problem(none, none, none, visible, origin, none, 1.0), 0.9, layer=3, phase="decode")
-
-
 def test_the_least_certain_row_is_found_with_its_place():
+    def least_kept(kept: torch.Tensor, visible: torch.Tensor, origin: torch.Tensor) -> DroppedMassError | None:
+        none = torch.empty(0)
+        return find_drop(kept, Problem(none, none, none, visible, origin, none, 1.0), 0.9, layer=3, phase="decode")
+
     kept = torch.full((2, 3, 4), 0.95)
     visible = torch.tensor([[[0, 5], [0, 6], [0, 7], [0, 8]], [[3, 3], [3, 6], [3, 7], [3, 8]]], dtype=torch.int32)
     assert least_kept(kept, visible, visible[..., 0]) is None
-    assert least_kept(kept[:0], visible[:0], visible[:0, :, 0]) is None
     kept[1, 2, 3], kept[0, 1, 1] = 0.25, 0.5
     found = least_kept(kept, visible, visible[..., 0])
-    assert (found.layer, found.head, found.position, found.kept_mass, found.certified) == (3, 2, 4, 0.25, True)
     assert str(found).startswith("layer 3, head 2, position 4 of sequence 1: in decode only 0.2500 of the dense")
     # The position of a row is its own where its interval ends behind it.
     visible = torch.tensor([[[0, 1], [0, 2], *[[0, 8]] * 6]], dtype=torch.int32)
@@ -173,10 +170,6 @@ def test_where_enough_is_kept_nothing_changes():
             assert [layer["exceeded_calls"] for layer in stats["layers"]] == [0, 0, 0]
             assert (stats["kept_mass"]["decode"] is None) == (on_drop == "ignore")
         assert all(torch.equal(text, texts[0]) for text in texts[1:]), options
-    # Blocks attend every key of a short prompt.
-    with torch.inference_mode():
-        patch_model(model, 2.0, 0.5, **UNASKED, on_drop="raise", max_dropped_mass=0.0)(ids[:, :16])
-    assert nc_stats(model)["kept_mass"]["prefill"]["mean"] == 1.0
 
 
 @pytest.mark.parametrize("selection", ["topk", "block"])
@@ -199,40 +192,22 @@ def test_warn_says_so_once_for_each_layer_and_counts_and_copies_keep_that(caplog
         model(ids), model(ids)
         reset_stats(model)
         model(ids)
-        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-        assert [nc_stats(each) for each in copies] == [nc_stats(model)] * 2
-        for each in copies:
-            each(ids)
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert nc_stats(twin) == nc_stats(model)
+        twin(ids)
     said = [record.getMessage() for record in caplog.records if "max_dropped_mass" in record.getMessage()]
-    assert len(said) == 3
-    assert all(f"layer {layer}, head" in message for layer, message in enumerate(said))
-    for each, calls in ((model, 1), (copies[0], 2), (copies[1], 2)):
+    assert [message[: message.index(", head")] for message in said] == [f"layer {layer}" for layer in range(3)]
+    for each, calls in ((model, 1), (twin, 2)):
         for layer in nc_stats(each)["layers"]:
             assert (layer["exceeded_calls"], layer["dense_calls"]) == (calls, {})
             assert layer["kept_mass"]["prefill"]["below"] > 0
 
 
-@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.wide)])
-def test_one_compiled_graph_refuses_by_name_and_in_several_it_acts(whole):
-    model, ids = tiny_model("llama", num_hidden_layers=1), random_ids(1, 40)
-    with torch.inference_mode():
-        dense = model(ids, use_cache=False).logits
-        patch_model(model, 2.0, 0.5, backend="torch", on_drop="dense", selection="topk")
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=whole, backend="eager")
-        if whole:
-            with pytest.raises(Exception, match=r'on_drop="dense" reads in layer 0 how much was dropped'):
-                compiled(ids, use_cache=False)
-        else:
-            assert torch.allclose(compiled(ids, use_cache=False).logits, dense, atol=1e-5)
-            assert nc_stats(model)["layers"][0]["exceeded_calls"] == 1
-
-
-def test_a_cuda_graph_refuses_by_name_and_tracks_nothing(monkeypatch):
-    model, ids = small(on_drop="warn"), random_ids(1, 20)
-    monkeypatch.setattr("nc_patch.attention.is_capturing", lambda tensor: True)
-    with torch.inference_mode():
-        with pytest.raises(RuntimeError, match=r'on_drop="warn".*nor a CUDA graph can'):
-            model(ids)
-        patch_model(model, 2.0, 0.5, track=True, selection="topk")(ids)
-    assert nc_stats(model)["kept_mass"] == {"prefill": None, "decode": None}
+def test_one_compiled_graph_refuses_by_name():
+    model, ids = small(layers=1, backend="torch", on_drop="dense"), random_ids(1, 40)
+    torch._dynamo.reset()
+    with (
+        torch.inference_mode(),
+        pytest.raises(Exception, match=r'on_drop="dense" reads in layer 0 how much was dropped'),
+    ):
+        torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False)

@@ -10,12 +10,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from profiles import made_up_profile
 
-from nc_patch import KeyIndex, NCConfig, selections, sparse_attention
-from nc_patch.budget import _laws, budget_of, budgets, row_budgets
+from nc_patch import NCConfig, selections, sparse_attention
+from nc_patch.budget import budget_of, budgets, row_budgets
 from nc_patch.selections import Window
 
 NAN, INF = math.nan, math.inf
@@ -26,79 +23,51 @@ def law(alpha=1.0, C=0.5, **options):
     return NCConfig(alpha, C, **options)
 
 
-def read(text):
-    """Settings from a file."""
-    return NCConfig.from_json(text)
+read = NCConfig.from_json
 
 
 def budget(n, **where):
     return NCConfig([[1.0, 2.0]] * 2 if where else 1.0, 0.5).budget(n, **where)
 
 
-def of_a_model(*shape, **settings):
-    return law(**settings).check_model(*shape)
+def of_a_model(**settings):
+    return law(**settings).check_model(num_layers=3, num_heads=4)
 
 
-# (what is called, with what, error, words of its message)
+# (what is called, with what, error, words of its message); test_refusals.py goes through values of every option
 REFUSED = [
     *((law, {"alpha": x}, ValueError, f"alpha must be a positive number, got {x}") for x in (0.0, NAN, INF)),
     *((law, {"C": x}, ValueError, rf"C must be a number in \[0, 1\], got {x}") for x in (-0.1, 1.1, NAN)),
     *((law, {"max_dropped_mass": x}, ValueError, rf"max_dropped_mass must .* \[0, 1\), got {x}") for x in (1.0, NAN)),
-    (law, {"alpha": np.bool_(True)}, TypeError, "alpha must be a positive number"),
     (law, {"alpha": [1.0, -2.0]}, ValueError, "alpha must be a positive number, got -2.0"),
     (law, {"alpha": [1.0, 2.0], "C": [0.5]}, ValueError, "alpha has 2 layers and C has 1"),
     (law, {"alpha": [[1.0, 2.0]], "C": [[0.5]]}, ValueError, "layer 0: alpha has 2 heads and C has 1"),
     (law, {"alpha": [[[1.0]]]}, ValueError, "alpha must be a number, a list per layer"),
     (law, {"prefill": "best"}, ValueError, "prefill must be one of 'block', 'dense', 'topk', 'window', got 'best'"),
     (law, {"prefill": {"name": "topk", "size": 1}}, TypeError, "prefill: 'topk' has no option size; it has"),
-    (law, {"backend": "x"}, ValueError, "backend must be one of 'auto', 'triton', 'cpu', 'torch', got 'x'"),
     (law, {"on_drop": "stop"}, ValueError, "on_drop must be one of 'ignore', 'warn', 'raise', 'dense', got 'stop'"),
-    (law, {"max_dropped_mass": "0.1"}, TypeError, "max_dropped_mass must be a number in .* got '0.1'"),
-    (law, {"block_size": 48}, ValueError, "block_size must be one of 16, 32, 64, 128, got 48"),
-    (law, {"query_block_size": 16}, ValueError, "query_block_size must be one of 32, 64, 128, got 16"),
-    *((law, {"local_keys": x}, TypeError, f"local_keys must be an integer, got {x}") for x in (1.5, None)),
-    (law, {"sample_stride": 5}, ValueError, "sample_stride must be one of 1, 2, 4, 8, 16, 32, 64, got 5"),
     (law, {"min_mass": 1.0}, ValueError, r"min_mass must be a number in \(0, 1\), or None, got 1.0"),
-    (law, {"max_factor": Decimal("nan")}, ValueError, "max_factor must be a number of at least 1, got "),
-    *((law, {"track": x}, TypeError, "track must be True or False, got ") for x in (0, 1, "yes", None, np.int8(1))),
-    *((law, {"dense_below": x}, ValueError, f"dense_below must be .*got {x}") for x in (-1, 2**40)),
-    *((law, {"dense_below": x}, TypeError, f"dense_below must be .*got {x}") for x in (1.5, True)),
+    *((law, {"track": x}, TypeError, "track must be True or False, got ") for x in (1, "yes", None, np.int8(1))),
+    *((law, {"dense_layers": x}, TypeError, "dense_layers must be") for x in ("0", 2, [0.5], torch.tensor([True]))),
     (law, {"dense_layers": [-1]}, ValueError, "dense_layers must be at least 0, got -1"),
-    *(
-        (law, {"dense_layers": wrong}, TypeError, "dense_layers must be")
-        for wrong in ("0", np.array(2), np.array([0.5]), torch.tensor([True]))
-    ),
     (law, {"selection": "topk", "prefill": "block"}, TypeError, "leave out prefill"),
-    (law, {"refine": 1}, TypeError, r"unknown option refine; allowed are alpha, C, .*block_size.*selection"),
-    *(
-        (law, {wrong: 0.5}, TypeError, rf"unknown option {wrong}; .* Did you mean {meant}\?")
-        for wrong, meant in (("c", "C"), ("sinkkeys", "sink_keys"), ("select", "selection"))
-    ),
-    (law, {"xyzzy": 1}, TypeError, r"and selection$"),
+    (law, {"sinkkeys": 1}, TypeError, r"unknown option sinkkeys; .* Did you mean sink_keys\?"),
     *((law, {name: 1}, TypeError, "unknown option") for name in ("\ud800", "\x1b[2J", "a\nb", "x" * 100_000)),
-    (read, "", ValueError, "cannot be read as one: Expecting value"),
     (read, "3", TypeError, "mapping of names to values, got int"),
     (read, "[" * 100_000 + "]" * 100_000, ValueError, "recursion"),
     (read, '{"alpha": 1' + "0" * 400 + "}", ValueError, "alpha must be a positive number, got an integer of 1329 bits"),
     (read, '{"alpha": 1' + "0" * 10_000 + "}", ValueError, "digits"),
     (read, '{"C": 1}', TypeError, "alpha is missing"),
-    (read, '{"alpha": 1, "sink_keys": 1' + "0" * 50 + "}", ValueError, "sink_keys must be at most 2147483647"),
-    (read, '{"alpha": 1, "prefill": {"a": 1}}', ValueError, "prefill must be one of"),
     (read, '{"alpha": "' + "x" * 100_000 + '"}', TypeError, "alpha must be a positive number"),
     *((budget, {"n": n}, ValueError, "n must be at least 0, got -3") for n in (-3, torch.tensor([2, -3]))),
     (budget, {"n": torch.tensor([2**31])}, ValueError, "n must be at most 2147483647, got"),
-    *(
-        (budget, {"n": wrong}, TypeError, "n must be an integer")
-        for wrong in (2.5, True, np.float32(2), "3", torch.tensor([2.0]), torch.tensor([True]))
-    ),
+    *((budget, {"n": n}, TypeError, "n must be an integer") for n in (2.5, True, torch.tensor([2.0]))),
     (budget, {"n": 9, "layer": None}, ValueError, "alpha is given per layer: say which layer"),
-    (budget, {"n": 9, "layer": 0}, ValueError, "given per head: say which head"),
     (budget, {"n": 9, "layer": 2}, ValueError, "alpha is given for 2 layers, got layer 2"),
-    (budget, {"n": 9, "layer": 0, "head": 2}, ValueError, "given for 2 heads, got head 2"),
-    (lambda _: of_a_model(3, 4, alpha=[1.0, 2.0]), 0, ValueError, "alpha has 2 layers, the model has 3"),
-    (lambda _: of_a_model(2, 4, C=[0.5, [0.1, 0.2, 0.3]]), 0, ValueError, r"C\[1\] has 3 heads, the model has 4"),
-    (lambda _: of_a_model(3, 4, dense_layers=[0, 7]), 0, ValueError, r"layers \[7\], the model has layers 0 to 2"),
-]  # fmt: skip
+    (of_a_model, {"alpha": [1.0, 2.0]}, ValueError, "alpha has 2 layers, the model has 3"),
+    (of_a_model, {"C": [0.5, [0.1, 0.2, 0.3], 0.5]}, ValueError, r"C\[1\] has 3 heads, the model has 4"),
+    (of_a_model, {"dense_layers": [0, 7]}, ValueError, r"layers \[7\], the model has layers 0 to 2"),
+]
 
 
 @pytest.mark.parametrize(("call", "given", "error", "words"), REFUSED, ids=range(len(REFUSED)))
@@ -107,25 +76,6 @@ def test_what_is_wrong_is_refused_by_name_in_a_short_message(call, given, error,
         call(**given) if isinstance(given, dict) else call(given)
     assert len(str(caught.value)) < 800
     assert str(caught.value).isprintable()
-
-
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["topk", "auto"]),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-        max_leaves=6,
-    ),
-    st.sampled_from(sorted(NCConfig(1.0).to_dict())),
-)
-@settings(max_examples=300, deadline=None)
-def test_any_value_of_any_setting_is_taken_or_refused_by_name(value, name):
-    values = NCConfig(1.0).to_dict() | {name: value}
-    config, said = None, ""
-    try:
-        config = read(json.dumps(values))
-    except (ValueError, TypeError) as error:
-        said = str(error)
-    assert said if config is None else read(config.to_json()) == config
 
 
 @pytest.mark.parametrize(("name", "default"), [("estimator", "sampled"), ("refine", True), ("law", "power")])
@@ -149,13 +99,10 @@ def test_it_is_a_frozen_value_that_json_and_its_repr_hold(alpha):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.alpha = 3.0
     assert (law(selection="window").prefill, law(selection="window").decode) == (Window(), Window())
-
-
-def test_the_repr_says_what_differs_from_the_defaults_and_stays_short():
+    # The repr says what differs from the defaults, and stays short.
     profiled = NCConfig([[1.0, 2.0, 3.0]] * 30, [0.5] * 30, dense_below=7, selection="topk")
     layers = "alpha=<30 layers of 3 heads, 1 to 3>, C=<30 layers, 0.5 to 0.5>"
     assert repr(profiled) == f"NCConfig({layers}, selection='topk', dense_below=7)"
-    assert repr(NCConfig(2.0, 0.5)) == "NCConfig(alpha=2.0, C=0.5)"
 
 
 # Numbers of Python, numpy and PyTorch
@@ -173,21 +120,9 @@ def test_a_setting_and_an_argument_may_be_a_number_of_any_library(three, half):
     config, plain = settings_of(three, half, np.True_), settings_of(3, 0.5, True)
     assert settings_of(3, 0.5, torch.tensor(True)) == plain
     assert (config, config.to_json(), config.budget(three)) == (plain, plain.to_json(), plain.budget(3))
-    query, key = torch.randn(1, 2, 9, 4), torch.randn(1, 1, 40, 8)
+    query = torch.randn(1, 2, 9, 4)
     expected = sparse_attention(query, query, query, alpha=2.0, scale=0.5, softcap=0.5)
     assert torch.equal(sparse_attention(query, query, query, alpha=2.0, scale=half, softcap=half), expected)
-    index = KeyIndex.build(key[:, :, :37], "pages", block_size=torch.tensor(16), capacity=np.int64(40))
-    index.extend(key, three, torch.tensor([40]))
-    assert all(map(torch.equal, index.tensors(), KeyIndex.build(key, "pages", block_size=16).tensors()))
-
-
-@pytest.mark.parametrize("make", [np.array, torch.tensor, tuple, iter], ids=lambda make: make.__name__)
-def test_lists_are_taken_from_arrays_tensors_and_any_iterable(make):
-    assert law(dense_layers=make([0, 2])) == law(dense_layers=[2, 0])
-    if make is not iter:
-        assert NCConfig(make([[1.0, 2.0], [3.0, 4.0]]), make([0.5, 0.25])).alpha == ((1.0, 2.0), (3.0, 4.0))
-    one = made_up_profile().at_budget(np.float64(0.5), n=np.int64(64), dense_layers=make([0]))
-    assert np.array_equal(one.alpha, made_up_profile().at_budget(0.5, n=64, dense_layers=(0,)).alpha)
 
 
 # The budget law
@@ -246,14 +181,6 @@ def test_budgets_of_many_heads_and_of_huge_n_are_exact():
         assert of_law == expected
         assert NCConfig(float(factor), 0.5).budget(torch.from_numpy(n)).tolist() == expected
     assert row_budgets(visible[:0], 8, [1.0, 2.0], [0.5] * 2, 1).shape == (0, 2, len(n))
-
-
-@pytest.mark.parametrize("name", ["cpu", "meta"])
-def test_laws_sent_to_a_device_in_inference_mode_serve_training(name):
-    # On the device "meta" as on a GPU: they are copied by a thread that no mode of this one applies to.
-    with torch.inference_mode():
-        made = _laws((1.375, 2.0), (0.75, 0.5), torch.device(name))
-    assert [(each.device.type, each.is_inference()) for each in made] == [(name, False)] * 2
 
 
 def test_the_function_attends_by_the_law_alone_unless_it_is_told(dense_with_few_keys):

@@ -1,15 +1,13 @@
-"""Directories of results and texts from strangers: refused with a clear error, never run, never a traceback.
+"""Directories of results from strangers: refused with a clear error, never run, never a traceback.
 
-What the packages may do at all is held here as well: nothing is unpickled or evaluated, and no network is used unless
-a name of the hub is given. ``test_config.py`` and ``test_profile.py`` hold files of settings and profiles to the same.
+Nor is anything unpickled or the network used on a local model. ``test_config.py`` and ``test_profile.py`` hold files of
+settings and profiles to the same.
 """
 
 import copy
 import json
 import os
 import random
-import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +16,9 @@ import pytest
 from test_eval_report import rows_of, run_of
 from tiny_sweep import sweep_arguments
 
-import eval_tasks
-import nc_patch
 from eval_tasks.errors import EvalError
 from eval_tasks.report import Report
-from eval_tasks.store import claimed, read_rows
+from eval_tasks.store import read_rows
 from eval_tasks.summary import merge_runs
 from nc_patch.cli import main
 
@@ -37,11 +33,11 @@ WRONG = [
 
 @pytest.fixture
 def directory(tmp_path):
-    """A directory of results in which nothing is wrong."""
     return written(tmp_path / "in")
 
 
 def written(directory: Path) -> Path:
+    """A directory of results in which nothing is wrong."""
     directory.mkdir()
     rows = rows_of("recall", 4096, {"dense": 2.0, "nc-topk": 7.0}) + rows_of("perplexity", 4096, {"dense": 2.0})
     write(directory, rows, RUN)
@@ -151,52 +147,6 @@ def test_links_lead_no_write_out_of_the_directory(name, target, directory, tmp_p
     assert files_of(outside) == before
 
 
-@pytest.mark.parametrize("name", ["results.jsonl", "run.json", ".lock"])
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
-def test_what_is_no_file_is_refused_and_never_waited_for(name, make, directory, tmp_path, capsys):
-    (directory / name).unlink(missing_ok=True)
-    make(directory / name)
-    if name != ".lock":
-        assert main(["report", str(directory), "--out", str(tmp_path / "out")]) == 2
-        said = capsys.readouterr().err
-        assert name in said
-        assert "Traceback" not in said
-    if name != "run.json":
-        with pytest.raises(EvalError, match="cannot be"), claimed(directory):
-            pass
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"", b"\x00" * 5000, ("\u202e" + SCRIPT).encode() * 400])
-def test_hostile_texts_are_measured_or_refused(content, tmp_path, capsys):
-    (tmp_path / "hostile.txt").write_bytes(content)
-    arguments = sweep_arguments(tmp_path, tmp_path / "out", "--text", str(tmp_path / "hostile.txt"))
-    assert main(arguments) in (0, 2)
-    assert "Traceback" not in capsys.readouterr().err
-    page = tmp_path / "out" / "report.html"
-    assert not page.exists() or "<script" not in page.read_text(encoding="utf-8")
-
-
-# What could run what it reads; by name, since nothing here hides a call behind another one.
-FORBIDDEN = re.compile(
-    r"""(?<![.\w])(eval|exec|compile|__import__|input|breakpoint)\(
-    |\b(pickle|marshal|shelve|joblib|dill)\.(load|loads|open|Unpickler)\b|\bfrom\ (pickle|marshal|shelve|joblib|dill)\b
-    |\byaml\.(load|unsafe_load|full_load)\b|\bos\.(system|popen)\b|\btorch\.hub\.load\b|\bimport\ (pickle|marshal)\ as\b
-    |\btorch\.load\((?![^()]*weights_only=True)|\bnp\.load\((?![^()]*allow_pickle=False)
-    |weights_only=False|trust_remote_code=True|allow_pickle=True|shell=True""",
-    re.X,
-)
-
-
-def test_the_packages_call_nothing_that_unpickles_or_evaluates():
-    sources = [path for package in (nc_patch, eval_tasks) for path in Path(package.__file__).parent.rglob("*.py")]
-    assert len(sources) > 50
-    found = {str(path): FORBIDDEN.search(path.read_text(encoding="utf-8")) for path in sources}
-    assert {name: match.group() for name, match in found.items() if match} == {}
-    calls = ("from pickle import loads", "torch.load(f)", "yaml.load(f)", "x = eval('1')", "run(x, shell=True)")
-    assert all(map(FORBIDDEN.search, calls))
-    assert not FORBIDDEN.search("torch.load(f, weights_only=True)\nmodel.eval()\nself.compile()\nre.compile(x)")
-
-
 # Runs in a process of its own: what an audit hook sees cannot be taken back, nor the hook.
 AUDITED = """
 import socket, sys
@@ -236,16 +186,3 @@ def test_nothing_is_unpickled_and_no_network_is_used_on_a_local_model(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip().endswith("nothing")
-
-
-def test_a_name_of_the_hub_is_what_asks_for_the_network(monkeypatch, tmp_path, capsys):
-    asked = []
-
-    def refuse(*arguments, **_):
-        asked.append(arguments)
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert main(sweep_arguments(tmp_path, tmp_path / "out", "--model", "nobody/nothing")) == 2
-    assert asked
-    assert "Traceback" not in capsys.readouterr().err

@@ -4,8 +4,6 @@ The kernels are replaced by what checks their grids, and the tensors have shapes
 fails. Nothing of this needs a GPU.
 """
 
-import contextlib
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -24,7 +22,6 @@ from test_paged import Blocks, shape_of  # noqa: E402
 from tiny_models import tiny_model  # noqa: E402
 
 from nc_patch import KeyIndex, library, patch_model  # noqa: E402
-from nc_patch import budget as budget_module  # noqa: E402
 from nc_patch.budget import row_budgets  # noqa: E402
 from nc_patch.functional import by_index  # noqa: E402
 from nc_patch.ops.backends import READS_HOST  # noqa: E402
@@ -32,14 +29,11 @@ from nc_patch.ops.means import PageMeans  # noqa: E402
 from nc_patch.ops.problem import Problem  # noqa: E402
 from nc_patch.paged import PagedKeys, PagedRows, paged_block_attention, summarize_slots_  # noqa: E402
 from nc_patch.selections import Block, Dense, Selection, TopK, Window, index  # noqa: E402
-from nc_patch.selections.block import prefill as triton_block  # noqa: E402
-from nc_patch.selections.block.blocks import PLAN_COLUMNS, BlockPlan, PlannedBlock  # noqa: E402
 from nc_patch.selections.block.pages import VECTORS, PageStatistics  # noqa: E402
 from nc_patch.selections.block.summarize import triton_summarize_slots_  # noqa: E402
 from nc_patch.selections.index import LAYOUTS  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
 
-needs_tag = pytest.mark.skipif(not READS_HOST, reason="this version of PyTorch cannot mark such operations")
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
 KEYS = 1 << 21
 BATCH, HEADS = 64, 64
@@ -88,43 +82,19 @@ def run(selection: Selection, problem: Problem, *kinds: str, **more: Any) -> Non
     selection.run(problem._replace(means=means, **given), "triton")
 
 
-class Shown(list[list[int]]):
-    """The beginning of a list of another length."""
-
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-
-def attend_blocks(head_dim: int, block_size: int) -> None:
-    """Scoring, choosing and attending a prompt's blocks; their plan, which is read on the host, is made up."""
-    query, visible = meta(BATCH, HEADS, KEYS, head_dim), integers(BATCH, KEYS, 2)
-    blocks, scored = BATCH * KEYS // 64, 4
-    width = KEYS // block_size
-    # As many as there are, of which a few are listed; chunks of them are taken one by one.
-    listed = Shown([PlannedBlock(0, 0, 64, 0, KEYS, 0, 0, width, scored * number, scored) for number in range(64)])
-    listed.length = blocks
-    count, samples = integers(blocks, HEADS), integers(blocks * scored)
-    rows = (integers(blocks, PLAN_COLUMNS), meta(BATCH, KEYS, dtype=torch.int64))
-    plan = BlockPlan(*rows, count, count, count, samples, samples, listed, 1024)
-    tiles = triton_block.block_tiles("sm_80", query.dtype, head_dim, head_dim, block_size)
-    problem = problem_of(query, query, query, visible, integers(BATCH, 1, KEYS), stats=True)
-    choice, _ = triton_block.choose_blocks(problem, plan, tiles.score, Block(block_size, min_mass=0.5))
-    triton_block.attend_blocks(problem, plan, choice, tiles, block_size)
+# Of a prompt, whose query blocks are counted on the host.
+PREFILL_BY_BLOCKS = {f"{name}_kernel" for name in ("score_blocks", "choose_blocks", "attend_blocks")}
 
 
 def launch_everything(D: int) -> None:
-    """Every kernel, at the largest sizes."""
+    """Every kernel but those of a prompt's blocks, at the largest sizes."""
     prompt, step, two = of_rows(KEYS, D), of_rows(1, D), of_rows(2, D)
     for selection in (TopK(4, 4, "drop"), Window(4)):
         run(selection, prompt, stats=True)
     run(TopK(4, 4), prompt, "means", stats=True)
     run(TopK(4, 4, "drop"), step, "codes", bounds=True)
     run(TopK(4, 4), step, "codes", "means")
-    for block_size in (16, 128):
-        attend_blocks(D, block_size)
-        run(Block(block_size), step, "pages")
+    run(Block(128), step, "pages")
     run(Block(16), step, "pages", stats=True)
     run(Block(16), step, "pages", new=1)
     run(Block(16), two, "pages", new=2)
@@ -141,7 +111,7 @@ def launch_everything(D: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_no_grid_is_larger_than_cuda_allows(head_dim, launched):
     launch_everything(head_dim)
-    assert launched == KERNELS
+    assert launched == KERNELS - PREFILL_BY_BLOCKS
 
 
 @pytest.mark.parametrize(
@@ -158,62 +128,27 @@ def test_decoding_holds_no_more_memory_than_allowed(sequences, queries, tail, bo
     assert 0 < max(held) <= triton_decode_topk.SCRATCH_BYTES
 
 
-def meta_calls() -> list[tuple[Any, Callable[[], Any]]]:
-    """Each operation that PyTorch runs, with calls of what it runs on tensors without memory."""
-    problem, at = of_rows(3, 32, stats=True), integers(BATCH)
-    codes, pages = (tensors_of(kind, problem.key) for kind in ("codes", "pages"))
-    by_codes = problem._replace(key_index=tuple(codes), most=20, stats=False)
-    by_pages = problem._replace(key_index=tuple(pages), page_size=16, most=20)
-    topk, window, block = TopK(4, 4, "drop"), Window(4), Block(16)
-    attended = [(selection, problem) for selection in (topk, window, block)]
-    attended += [(topk, by_codes), (topk, by_codes._replace(new=1)), (block, by_pages)]
-    calls = [(library.operation(chosen, of, "torch"), partial(chosen.run, of, "torch")) for chosen, of in attended]
-    for selection in (topk, block):
-        given = (problem.query, problem.tensors(), *library.arguments(selection, problem, "torch")[:3])
-        calls.append((library._attend_backward, partial(library._attend_backward._init_fn, *given)))
-    written = (pages, [problem.key, at, at, at], 20, 16, "torch")
-    calls.append((index._EXTEND[True], partial(LAYOUTS["pages"].write, *written)))
-    return [*calls, (row_budgets, partial(row_budgets._init_fn, problem.visible, KEYS, [2.0], [0.5], 1, 30))]
-
-
-@needs_tag
-@pytest.mark.parametrize(("op", "call"), meta_calls())
-def test_an_operation_of_pytorch_that_reads_a_tensor_on_the_host_is_left_out_of_cuda_graphs(op, call):
-    tagged = READS_HOST[0] in op._opoverload.tags
-    # PyTorch raises where there is nothing to read.
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta") if tagged else contextlib.nullcontext():
-        call()
-
-
-@needs_tag
-def test_an_operation_of_triton_that_reads_nothing_on_the_host_may_be_in_a_cuda_graph():
-    # The calls above run them without memory.
+def test_operations_that_read_a_tensor_on_the_host_are_left_out_of_cuda_graphs():
+    tagged = lambda op: READS_HOST[0] in op._opoverload.tags  # noqa: E731
     problem = problem_of(*(meta(1, 1, 1, 16),) * 3, integers(1, 1, 2), integers(1, 1, 1))
-    for selection, key_index, new in product((TopK(), Window(), Block(), Dense()), ((), (meta(1),)), (0, 1)):
-        op = library.operation(selection, problem._replace(key_index=key_index, new=new), "triton")
-        assert (READS_HOST[0] in op._opoverload.tags) == (isinstance(selection, Block) and not key_index)
-    assert READS_HOST[0] not in index._EXTEND[False]._opoverload.tags
+    ways = product((TopK(), Window(), Block(), Dense()), ((), (meta(1),)), (0, 1), ("torch", "triton"))
+    for selection, key_index, new, backend in ways:
+        op = library.operation(selection, problem._replace(key_index=key_index, new=new), backend)
+        # The others of Triton have run above without memory, as this one does: where there is nothing to read.
+        assert tagged(op) == (backend == "torch" or (isinstance(selection, Block) and not key_index))
+    assert list(map(tagged, (library._attend_backward, index._EXTEND[True], index._EXTEND[False]))) == [1, 1, 0]
+    assert not tagged(row_budgets)
+    row_budgets._init_fn(problem.visible, KEYS, [2.0], [0.5], 1, 30)
 
 
-def test_the_calls_are_of_every_operation():
-    registered = {
-        value
-        for module in (library, index, budget_module)
-        for value in (*vars(module).values(), *index._EXTEND.values(), *library._OPERATIONS.values())
-        if isinstance(value, torch._library.custom_ops.CustomOpDef)
-    }
-    of_triton = {library._OPERATIONS["attend", False], library._OPERATIONS["decode", False], index._EXTEND[False]}
-    assert registered == {op for op, _ in meta_calls()} | of_triton
-
-
-NAMES = {
-    "codes": ("prepare", "guess", "scan", "scan", "choose", "gather"),
-    "pages": ("score_pages", "choose_pages", "attend_pages"),
-}
-
-
-@pytest.mark.parametrize("way", NAMES)
-def test_a_step_is_a_few_launches_at_none_of_which_triton_looks_again(way, monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "kernels"),
+    [
+        ("codes", ("prepare", "guess", "scan", "scan", "choose", "gather")),
+        ("pages", ("score_pages", "choose_pages", "attend_pages")),
+    ],
+)
+def test_a_step_is_a_few_launches_at_none_of_which_triton_looks_again(way, kernels, monkeypatch):
     compiled: list[str] = []
     launched: list[tuple[str, int]] = []
 
@@ -231,7 +166,7 @@ def test_a_step_is_a_few_launches_at_none_of_which_triton_looks_again(way, monke
     monkeypatch.setattr(triton_decode_topk, "_STEPS", {})
     case = Shape("step", (), torch.bfloat16, kv_heads=2, queries=1, keys=3200, budget=64).case()
     interval = torch.tensor([[[0, 1100, 0]]], dtype=torch.int32)  # as the mask function makes visible and origin
-    names = [f"{name}_kernel" for name in NAMES[way]]
+    names = [f"{name}_kernel" for name in kernels]
     with pretended("sm_90"):
         selection, index = case.selection(way), KeyIndex.build(case.key, way, backend="triton")
         compiled.clear()

@@ -117,23 +117,12 @@ def test_other_numbers_of_keys_in_each_layer_are_refused(lengths, options):
         decoded(to_lengths(*lengths), options)
 
 
-def closed_over(forward):
-    return lambda *args, **kwargs: forward(*args, **kwargs)
-
-
-def partly(forward):
-    return functools.partial(lambda call, *args, **kwargs: call(*args, **kwargs), closed_over(forward))
-
-
-def marked(forward):
-    return functools.update_wrapper(lambda *args, held=[forward], **kwargs: held[0](*args, **kwargs), forward)
-
-
 def test_a_forward_that_another_library_has_wrapped_is_patched_and_one_that_it_has_replaced_is_refused(monkeypatch):
     ids, model = random_ids(1, 30), tiny_model("llama")
     expected = patch_model(tiny_model("llama"), 2.0, 0.5, selection="topk")  # the class has been seen before
-    for wrap, layer in zip((closed_over, partly, marked), model.model.layers, strict=True):
-        layer.self_attn.forward = wrap(layer.self_attn.forward)
+    call = lambda forward, *args, **kwargs: forward(*args, **kwargs)  # noqa: E731
+    for layer in model.model.layers:
+        layer.self_attn.forward = functools.partial(call, layer.self_attn.forward)
     assert torch.equal(patch_model(model, 2.0, 0.5, selection="topk")(ids).logits, expected(ids).logits)
 
     def own_attention(self, hidden_states, **_):

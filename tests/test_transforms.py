@@ -6,7 +6,7 @@ from tiny_models import random_ids
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from ways import EACH_SETTING, SETTINGS, small
 
-from nc_patch import KeyIndex, nc_stats, sparse_attention
+from nc_patch import nc_stats, sparse_attention
 
 SELECTIONS = {**SETTINGS, "dense": {"selection": "dense"}}
 EACH_SELECTION = pytest.mark.parametrize("settings", SELECTIONS.values(), ids=SELECTIONS)
@@ -80,48 +80,9 @@ def test_gradients_of_every_sample_are_those_of_each_alone(settings, track):
         torch.testing.assert_close({name: g[row] for name, g in each.items()}, expected, atol=1e-5, rtol=1e-4)
 
 
-@EACH_SETTING
-def test_a_model_maps_over_rows_with_and_without_a_cache(settings):
-    model, ids = small(**settings), random_ids(3, 30)
-    for use_cache in (False, True):
-        found = vmap(lambda row, use_cache=use_cache: model(row[None], use_cache=use_cache).logits[0])(ids)
-        torch.testing.assert_close(found, model(ids).logits)
-    model.generate(ids, max_new_tokens=3, do_sample=False)  # nothing of the transform is left in the model
-
-
 def test_what_cannot_be_mapped_is_refused():
-    model, ids, query = small(), random_ids(2, 20), torch.randn(2, 1, 2, 5, 4)
-    visible, scales = torch.tensor([0, 1], dtype=torch.int32).expand(2, 1, 5, 2), torch.tensor([0.5, 1.0])
-    call = lambda option: lambda q, other: sparse_attention(q, q, q, alpha=2.0, **{option: other})  # noqa: E731
-    by_mask = lambda row, seen: model(row[None], attention_mask=seen[None]).logits  # noqa: E731
-    calls = ((by_mask, ids, ids > 0), (call("scale"), query, scales), (call("visible"), query, visible))
-    for function, *given in calls:
-        with pytest.raises(RuntimeError, match=r"vmap"):  # PyTorch's own: their values are read
-            vmap(function)(*given)
     by_index = ({"selection": "block"}, 1, r"decoding by an index does not run inside a transform")
     for options, length, reason in (by_index, ({"on_drop": "warn"}, 20, r"nor a transform of torch.func")):
         model = small(**options)
         with pytest.raises(RuntimeError, match=reason), torch.no_grad():
-            vmap(lambda row, model=model: model(row[None]).logits)(random_ids(2, length))
-
-
-def test_an_index_that_is_given_serves_a_map_and_has_no_gradient_there_either():
-    query, key = torch.randn(3, 1, 2, 1, 8), torch.randn(1, 2, 64, 8)
-    for kind, selection in (("codes", "topk"), ("pages", "block")):
-        index = KeyIndex.build(key, kind)
-        attend = lambda q, i=index, s=selection: sparse_attention(  # noqa: E731
-            q, key, key, alpha=2.0, C=0.5, selection=s, index=i, tail="drop"
-        )
-        torch.testing.assert_close(vmap(attend)(query)[2], attend(query[2]))
-        with pytest.raises(RuntimeError, match="decoding by an index has no gradient"):
-            grad(lambda q, attend=attend: attend(q).sum())(query[0])
-
-
-def test_compiled_transforms_give_the_same_gradients_and_whole_graphs_of_them_are_refused_by_name():
-    _, loss, query = energy({"selection": "topk"})
-    expected = by_autograd(loss, query)
-    for derivative in (grad(torch.compile(loss, backend="aot_eager")), torch.compile(grad(loss), backend="aot_eager")):
-        torch.testing.assert_close(derivative(query), expected)
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"leave out fullgraph=True"):
-        torch.compile(lambda query: grad(loss)(query), backend="aot_eager", fullgraph=True)(query)
+            vmap(lambda row, model=model: model(row[None]).logits[0])(random_ids(2, length))

@@ -11,7 +11,6 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from ways import assert_close, full_and_small, generated, small
 
 from nc_patch import patch_model, sparse_attention
-from nc_patch.common import say_once
 
 # Compiling takes most of the time: no more layers than a family has kinds of. The index makes no other graphs; calls of
 # few keys do.
@@ -93,10 +92,7 @@ def test_a_compiled_step_keeps_the_index_of_a_static_cache(options):
     assert all(layer.nc_indexes for layer in cache.layers)
 
 
-LAWS = pytest.mark.parametrize("alpha", [2.0, (2.0, 3.0)], ids=["one law", "a law a layer"])
-
-
-@LAWS
+@pytest.mark.parametrize("alpha", [2.0, (2.0, 3.0)], ids=["one law", "a law a layer"])
 def test_steps_of_a_growing_cache_share_a_graph_though_their_budgets_grow(alpha):
     model, ids = patch_model(tiny_model("llama", num_hidden_layers=2), alpha, 0.9, dense_below=0), random_ids(1, 50)
     frames, logits = CompileCounterWithBackend("aot_eager"), []
@@ -108,24 +104,6 @@ def test_steps_of_a_growing_cache_share_a_graph_though_their_budgets_grow(alpha)
             logits.append(torch.cat(steps, 1))
     assert_close(*logits)
     assert frames.frame_count == 2  # the first length is taken for a constant
-
-
-@LAWS
-def test_the_layers_of_a_compiled_step_share_what_their_queries_see_and_its_budgets(alpha):
-    model = patch_model(tiny_model("llama", num_hidden_layers=2), alpha, 0.5, dense_below=0, selection="block")
-    ids, calls = random_ids(2, 41), []
-
-    def backend(graph, inputs):
-        calls.append([str(node.target) for node in graph.graph.nodes])
-        return graph
-
-    cache, again = (StaticCache(config=model.config, max_cache_len=90) for _ in range(2))
-    with torch.no_grad():
-        model(ids[:, :40], past_key_values=cache), model(ids[:, :40], past_key_values=again)
-        found = whole(model, backend)(ids[:, 40:], past_key_values=cache).logits
-        assert_close(found, model(ids[:, 40:], past_key_values=again).logits)
-    assert [sum(name in node for node in calls[0]) for name in ("nc_patch.row_budgets", "nc_patch.decode")] == [1, 2]
-    assert len(calls) == 1
 
 
 @EACH_PLAIN
@@ -168,17 +146,6 @@ def test_a_compiled_call_refuses_holes_that_come_once_the_cache_has_an_index():
     assert bool(eager.logits.isfinite().all())
 
 
-def test_a_compiled_call_warns_once_and_in_one_graph(caplog):
-    def call(tensor):
-        say_once("said by a compiled call")
-        return tensor + 1
-
-    compiled = torch.compile(call, backend="eager", fullgraph=True)
-    for length in (2, 3, 4):
-        compiled(torch.zeros(length))
-    assert [record.message for record in caplog.records if record.name == "nc_patch"] == ["said by a compiled call"]
-
-
 def exported(function, inputs, shapes, model=None):
     """What ``torch.export`` makes of a function of tensors, and of the model that it runs."""
 
@@ -199,17 +166,6 @@ def test_an_exported_model_takes_every_length_from_two_on(name):
     run = exported(logits, [random_ids(2, 40)], ({1: length},), model)
     for ids in (random_ids(2, length) for length in (2, 9, 16, 17, 70)):
         assert_close(run(ids), logits(ids))
-
-
-@EACH_PLAIN
-def test_exported_attention_takes_every_number_of_queries_and_keys(settings):
-    attention = lambda q, k, v: sparse_attention(q, k, v, alpha=2.0, C=0.5, **settings)  # noqa: E731
-    tensors = lambda queries, keys: [torch.randn(1, h, n, 16) for h, n in ((4, queries), (2, keys), (2, keys))]  # noqa: E731
-    queries, keys = torch.export.Dim("queries", min=2, max=512), torch.export.Dim("keys", min=2, max=4096)
-    run = exported(attention, tensors(40, 90), ({2: queries}, {2: keys}, {2: keys}))
-    for asked, seen in ((2, 2), (2, 9), (9, 17), (60, 70), (2, 300)):
-        inputs = tensors(asked, seen)
-        assert_close(run(*inputs), attention(*inputs))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

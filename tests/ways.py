@@ -143,10 +143,10 @@ def left_padded(rows: list[torch.Tensor], side: str = "left") -> dict[str, torch
 right_padded = partial(left_padded, side="right")
 
 
-def with_holes(rows: list[torch.Tensor], at: int = 9) -> dict[str, torch.Tensor]:
-    """A left-padded batch in whose longer rows padding of 3, 7, ... places follows the first ``at`` tokens."""
-    holes = [torch.zeros(3 + 4 * (place % 4) if len(row) > at else 0).long() for place, row in enumerate(rows)]
-    return left_padded([torch.cat((row[:at], hole, row[at:])) for row, hole in zip(rows, holes, strict=True)])
+def with_holes(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A left-padded batch in whose longer rows padding of 3, 7, ... places follows the first nine tokens."""
+    holes = [torch.zeros(3 + 4 * (place % 4) if len(row) > 9 else 0).long() for place, row in enumerate(rows)]
+    return left_padded([torch.cat((row[:9], hole, row[9:])) for row, hole in zip(rows, holes, strict=True)])
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -210,10 +210,8 @@ def packed(model: Callable[..., Any], rows: Rows, kind: str, filler: int | None 
     return list(logits.split([len(row) for row in rows]))
 
 
-def packed_beside_a_mask(model: Callable[..., Any], rows: Rows, dimensions: int) -> Rows:
-    count = sum(map(len, rows))
-    ones = torch.ones(count, count, dtype=torch.bool).tril()[None, None] if dimensions == 4 else torch.ones(1, count)
-    return packed(model, rows, "cu_seq_lens" if dimensions == 4 else "position_ids", attention_mask=ones)
+def packed_beside_a_mask(model: Callable[..., Any], rows: Rows) -> Rows:
+    return packed(model, rows, "position_ids", attention_mask=torch.ones(1, sum(map(len, rows))))
 
 
 def in_pieces(model: Callable[..., Any], rows: Rows, cuts: Callable[[int], Any], cache: Any = dynamic_cache) -> Rows:
@@ -269,8 +267,7 @@ WAYS: dict[str, Callable[[Any, Rows], Rows]] = {
     "packed by positions, padding that counts as 0": partial(packed, kind="positions", filler=0),
     "packed by lengths, padding between": partial(packed, kind="cu_seq_lens", filler=99),
     "packed by numbers, padding between": partial(packed, kind="seq_idx", filler=99),
-    "packed, with a mask of ones": partial(packed_beside_a_mask, dimensions=2),
-    "packed, with a mask of four dimensions": partial(packed_beside_a_mask, dimensions=4),
+    "packed, with a mask of ones": packed_beside_a_mask,
     "in pieces": partial(in_pieces, cuts=anywhere),
     "in pieces, static cache": partial(in_pieces, cuts=anywhere, cache=static_cache),
     "cut at query blocks": partial(each_in_pieces, cuts=at_query_blocks),

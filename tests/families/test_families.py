@@ -13,9 +13,8 @@ from family_walk import Family, families
 from transformers import DynamicCache, masking_utils
 from ways import wide_but
 
-import nc_patch.families
-import nc_patch.layers
-from nc_patch import UnsupportedMaskError, UnsupportedModelError, nc_stats, patch_model, unpatch_model
+from nc_patch import UnsupportedMaskError, UnsupportedModelError, patch_model, unpatch_model
+from nc_patch.attention import nc_attention_forward
 from nc_patch.masks import interval_mask
 
 # What a plain run goes through, with needs of their own: latent attention with values of another width than keys,
@@ -68,15 +67,6 @@ def test_an_index_is_not_kept_of_keys_or_values_that_the_cache_does_not_hold():
     assert kept == {"llama": {"codes", "means"}, "diffllama": {"codes"}}  # its values differ between its two runs
 
 
-def test_what_stays_dense_is_said_in_the_log_and_named_in_the_statistics(caplog):
-    nc_patch.common.warn_anew.cache_clear()
-    stats = nc_stats(patch_model(tiny_model(family_named("phi4_multimodal")), 2.0, 0.5))
-    assert "Phi4MultimodalForCausalLM: left as it was: 3 x Phi4MultimodalVisionAttention" in caplog.text
-    [vision] = (part for part in stats["left_dense"] if part["kind"] == "Phi4MultimodalVisionAttention")
-    assert all("img_processor" in name for name in vision["names"])
-    assert not any("img_processor" in layer["name"] for layer in stats["layers"])
-
-
 def test_cross_attention_runs_dense_beside_patched_self_attention():
     model, ids = tiny_model(family_named("bart")), torch.randint(2, 90, (2, 30))
     states, padding = torch.randn(2, 17, 64), torch.ones(2, 17, dtype=torch.long)
@@ -98,7 +88,7 @@ def test_a_patched_module_refuses_a_bidirectional_mask():
     mask = interval_mask(1, 12, 12, mask_function=masking_utils.bidirectional_mask_function)
     tensors = [torch.randn(1, heads, 12, 16) for heads in (4, 2, 2)]
     with pytest.raises(UnsupportedMaskError, match="LlamaAttention got a bidirectional mask"):
-        nc_patch.attention.nc_attention_forward(model.model.layers[0].self_attn, *tensors, mask)
+        nc_attention_forward(model.model.layers[0].self_attn, *tensors, mask)
 
 
 def test_packed_sequences_with_a_cache_are_refused_where_attention_goes_by_chunks():
