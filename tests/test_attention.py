@@ -200,3 +200,12 @@ def test_page_statistics_are_those_of_the_pages_keys_whatever_they_are(kind, bac
         for b, h, j in product(range(2), range(2), range(3)):
             first = begins[b] + 16 * j
             assert_summarises(codes[b, h, j].cpu(), scales[b, h, j].cpu(), key[b, h, max(first, 0) : first + 16])
+
+
+@EACH
+def test_queries_may_be_of_any_size_or_no_number(backend):
+    case = Shape("queries", (), queries=6, keys=130, group=3, recent_keys=2, unequal=0.0).case()
+    case.query *= torch.logspace(-36, 30, 6)[:, None]
+    check("codes", case, backend, bounds=True)
+    case.query[0, 1, 3, 5] = torch.nan
+    check("codes", case, backend, stats=False, bounds=True)

@@ -1,11 +1,14 @@
 """Which backend runs a call: the one place that decides, what it says of it, and what it refuses."""
 
+import logging
+
 import pytest
 import torch
 from attention_cases import random_case
 from operations import INSTALLED, problem_of, problem_of_case
 
-from nc_patch import library
+from nc_patch import library, sparse_attention
+from nc_patch.common import warn_anew
 from nc_patch.ops import backends
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.problem import causal_intervals
@@ -96,3 +99,19 @@ def test_memory_grows_with_keys_and_not_with_queries_times_keys(backend):
     for selection in (TopK(), Block()):
         selection.run(problem, backend)
     assert process.memory_info().rss - before < 150e6
+
+
+@pytest.mark.parametrize(("selection", "head_dim"), [("topk", 512), ("block", 288)])
+def test_a_call_that_triton_cannot_run_equals_pytorch_and_says_so_once(selection, head_dim, monkeypatch, caplog):
+    monkeypatch.setattr(backends, "triton_problem", lambda device: None)  # as on a GPU, or in the interpreter
+    monkeypatch.setattr(backends, "has_numba", lambda: False)
+    tensors = [torch.randn(1, 2, 40, head_dim) for _ in range(3)]
+    settings, reason = {"alpha": 2.0, "C": 0.5, "selection": selection}, f"head_dim of at most 256, got {head_dim}"
+    warn_anew.cache_clear()
+    with caplog.at_level(logging.WARNING, "nc_patch"):
+        found = [sparse_attention(*tensors, **settings) for _ in range(2)]
+    expected = sparse_attention(*tensors, **settings, backend="torch")
+    assert all(torch.equal(each, expected) for each in found)
+    assert sum(reason in record.getMessage() for record in caplog.records) == 1
+    with pytest.raises(RuntimeError, match=reason):
+        sparse_attention(*tensors, **settings, backend="triton")

@@ -268,3 +268,17 @@ def test_steps_have_the_gradient_of_a_query_whose_keys_have_none():
         sum(model(step, past_key_values=cache).logits.square().mean() for step in ids[:, -3:].split(1, 1)).backward()
         found.append(weight.grad)
     torch.testing.assert_close(*found)
+
+
+def test_static_caches_are_reordered_outside_the_inference_mode_that_made_their_indexes():
+    found, ids, order = [], random_ids(2, 60), torch.tensor([1, 1])
+    for model in (small(key_index="never"), small(key_index="always")):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        with torch.no_grad():
+            model(ids[:, :1], past_key_values=cache)
+            cache.reset()
+            with torch.inference_mode():
+                model(ids[:, :-1], past_key_values=cache)
+            cache.reorder_cache(order)
+            found.append(model(ids[order, -1:], past_key_values=cache).logits)
+    torch.testing.assert_close(*found, atol=2e-5, rtol=0)

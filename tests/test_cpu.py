@@ -10,7 +10,7 @@ import pytest
 import torch
 from operations import problem_of
 
-from nc_patch import KeyIndex, sparse_attention
+from nc_patch import KeyIndex, patch_model, sparse_attention
 from nc_patch.functional import attend
 from nc_patch.ops.rounding import rounding_bounds
 from nc_patch.selections import TopK, Window
@@ -166,3 +166,11 @@ def test_without_numba_pytorch_runs_and_says_once_what_to_install():
     done = run_apart(WITHOUT_NUMBA)
     assert "needs Numba (pip install 'nc_patch[cpu]')" in done.stdout, done.stderr[-2000:]
     assert "the CPU kernels need Numba" in done.stderr
+
+
+def test_a_backend_by_name_leaves_dense_layers_to_train():
+    from tiny_models import random_ids, tiny_model
+
+    model = patch_model(tiny_model("llama"), 1.0, 0.6, backend="cpu", dense_below=1024)
+    model(random_ids(1, 40), labels=random_ids(1, 40)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -1,6 +1,6 @@
 """Random calls against the float64 reference: a few in every run, with ``-m wide`` as many as FUZZ_CASES says.
 
-FUZZ_FIRST is the first seed of those. Below, keys on which bounds are easily wrong.
+FUZZ_FIRST is the first seed of those. Below, what calls with extreme values once showed.
 """
 
 import os
@@ -10,7 +10,9 @@ import pytest
 import torch
 from attention_cases import HARD, PAGE_KINDS, WAYS, check, random_case
 from operations import INSTALLED, INTERPRETED, problem_of_case
+from torch.nn.functional import scaled_dot_product_attention
 
+from nc_patch import sparse_attention
 from nc_patch.ops.reference import raw_scores
 
 CASES, FIRST = int(os.environ.get("FUZZ_CASES", "2000")), int(os.environ.get("FUZZ_FIRST", "2000000"))
@@ -78,3 +80,24 @@ def test_pages_are_chosen_and_attended_as_defined_whatever_the_keys_are(kind):
         expected, new = case.reference("pages"), seed % 4 if bool((case.origin == 0).all()) else 0
         for backend in INSTALLED:
             check("pages", case, backend, expected, new, stats=False, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("selection", ["topk", "window", "block", "dense"])
+def test_a_scale_above_one_does_not_overflow_the_query(selection):
+    query, key = torch.full((1, 1, 40, 2), 2.0**126), torch.randn(1, 1, 40, 2) * 2.0**-137
+    value = torch.randn(1, 1, 40, 4)
+    output = sparse_attention(query, key, value, alpha=1.0, C=1.0, selection=selection, scale=2.0**10)
+    expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True, scale=2.0**10)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("what", [-torch.inf, torch.nan])
+def test_a_row_of_blocks_without_a_finite_score_is_no_number(what, stats):
+    query, key, value = torch.ones(1, 1, 100, 1), torch.randn(1, 1, 100, 1), torch.randn(1, 1, 100, 4)
+    key[:, :, :50] = what
+    options = {"selection": "block", "alpha": 1.0, "C": 0.99, "min_keys": 100, "backend": "torch"}
+    found = sparse_attention(query, key, value, return_stats=stats, **options)
+    output = found.output if stats else found
+    assert output[:, :, :50].isnan().all()
+    assert output[:, :, 50:].isnan().all() == (what != -torch.inf)

@@ -182,3 +182,21 @@ def test_a_budget_that_is_an_argument_breaks_no_graph():
     compiled = torch.compile(call, backend="eager", fullgraph=True)
     for alpha, scale in ((2.0, 0.3), (1.5, 0.2), (2.5, 0.4)):
         assert_close(compiled(alpha, scale), call(alpha, scale))
+
+
+@pytest.mark.parametrize("alpha", [2.0, (2.0, 3.0)], ids=["one law", "a law a layer"])
+def test_the_layers_of_a_compiled_step_share_what_their_queries_see_and_its_budgets(alpha):
+    model = patch_model(tiny_model("llama", num_hidden_layers=2), alpha, 0.5, dense_below=0, selection="block")
+    ids, calls = random_ids(2, 41), []
+
+    def backend(graph, inputs):
+        calls.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    cache, again = (StaticCache(config=model.config, max_cache_len=90) for _ in range(2))
+    with torch.no_grad():
+        model(ids[:, :40], past_key_values=cache), model(ids[:, :40], past_key_values=again)
+        found = whole(model, backend)(ids[:, 40:], past_key_values=cache).logits
+        assert_close(found, model(ids[:, 40:], past_key_values=again).logits)
+    assert [sum(name in node for node in calls[0]) for name in ("nc_patch.row_budgets", "nc_patch.decode")] == [1, 2]
+    assert len(calls) == 1

@@ -9,9 +9,10 @@ import transformers
 from family_walk import Family
 from tiny_models import VOCABULARY, random_ids, tiny_model
 from transformers import DynamicCache
-from ways import assert_close, attended_fraction, boundaries, generated, left_padded, rows_of, small
+from ways import assert_close, attended_fraction, boundaries, full, generated, left_padded, rows_of, small
 
 from nc_patch import UnsupportedMaskError, nc_stats, patch_model
+from nc_patch.masks import interval_mask
 
 SELECTIONS = pytest.mark.parametrize("selection", ["topk", "window", "block"])
 
@@ -154,3 +155,37 @@ def test_a_mask_of_several_runs_is_refused_by_name_and_taken_and_counted_by_laye
     layer = nc_stats(model)["layers"][0]
     assert layer["dense_calls"] == {"the layer is in dense_layers": 1}
     assert layer["mean_keys"] == seen.sum().item() / 12
+
+
+@pytest.mark.parametrize("selection", ["topk", "block"])
+def test_a_few_tokens_of_several_sequences_that_continue_a_cache_see_their_own(selection):
+    model, dense = full(prefill="topk", decode=selection, block_size=16), tiny_model("llama")
+    first, a, b, cache, plain = random_ids(1, 20), random_ids(1, 14), random_ids(1, 14), DynamicCache(), DynamicCache()
+    positions = torch.cat((torch.arange(20, 34), torch.arange(14)))[None]
+    with torch.inference_mode():
+        model(first, past_key_values=cache), dense(first, past_key_values=plain)
+        found = model(torch.cat((a, b), 1), past_key_values=cache, position_ids=positions).logits
+        assert_close(found, torch.cat((dense(a, past_key_values=plain).logits, dense(b).logits), 1))
+
+
+def test_a_mask_that_is_handed_in_again_with_other_boundaries_is_split_again():
+    model, ids, mask = small(), random_ids(1, 30), interval_mask(1, 30, 30)
+    with torch.inference_mode():
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+        for cut in (10, 17):
+            positions = torch.cat((torch.arange(cut), torch.arange(30 - cut)))[None]
+            found = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            assert_close(found, torch.cat((whole[:, :cut], model(ids[:, cut:]).logits), 1))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_mask_that_is_written_to_between_calls_is_looked_at_again(grad):
+    model, ids = small(), random_ids(1, 30)
+    with torch.set_grad_enabled(grad):
+        mask = torch.ones(30, 30, dtype=torch.bool).tril()[None, None]
+        first = model(ids, attention_mask=mask, use_cache=False).logits
+        mask[..., 10:, :10] = False
+        found = model(ids, attention_mask=mask, use_cache=False).logits
+        expected = model(ids, attention_mask=mask.clone(), use_cache=False).logits
+    assert not torch.allclose(first, expected, atol=1e-3)
+    assert torch.equal(found, expected)

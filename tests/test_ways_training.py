@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache, Trainer, TrainingArguments
-from ways import EACH_FAMILY_AND_SETTING, EACH_SETTING, full, small
+from ways import EACH_FAMILY_AND_SETTING, EACH_SETTING, attended_fraction, full, small
 
-from nc_patch import KeyIndex, forget_index, nc_stats, sparse_attention
+from nc_patch import KeyIndex, forget_index, is_patched, nc_stats, sparse_attention
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
@@ -130,3 +130,15 @@ def test_defaults_of_torch_change_nothing(settings, default):
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
     assert all(map(torch.equal, found, expected))
+
+
+def test_merging_lora_keeps_the_patch():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ids, model = random_ids(2, 30), peft.get_peft_model(small(), settings)
+    with torch.inference_mode():
+        adapted = model(ids).logits
+        merged = model.merge_and_unload()
+        assert is_patched(merged)
+        torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-4, rtol=0)
+    assert attended_fraction(merged) < 0.7
