@@ -42,7 +42,7 @@ _STYLE = {
 _WIDTH, _LABEL_HEIGHT = 352, 17.0
 # Above this ratio of largest to smallest value an axis is logarithmic.
 _LOGARITHMIC_FROM = 4.0
-_POSITION_BINS, _DEPTH_BINS, _TICKS = 16, 10, 4
+_DEPTH_BINS, _TICKS = 10, 4
 
 
 @dataclass(frozen=True)
@@ -78,34 +78,6 @@ def quality_panels(shown: pd.DataFrame, summary: pd.DataFrame) -> list[Panel]:
             lines.append(Line("dense, not seen before", list(unseen["length"]), list(unseen["perplexity"]), dotted))
         title = f"{title_of(task)}, {'% right' if answers else 'lower is better'}"
         panels.append(Panel(title, lines, sorted(set(own["length"])), answers))
-    return panels
-
-
-def budget_panels(own: pd.DataFrame) -> list[Panel]:
-    """Keys attended at the scored positions of one task, and the share of all keys, by length."""
-    shown = {"keys read by a scored query": own["tail_mean_keys"]}
-    shown["% of the keys, all queries"] = 100 * own["attended_fraction"]
-    return [Panel(title, _lines_of(own, y), sorted(set(own["length"]))) for title, y in shown.items()]
-
-
-def position_panels(frame: pd.DataFrame) -> list[Panel]:
-    """Loss over dense by position within the scored tokens, at the longest length of each task of texts.
-
-    Of the same samples for a method and for dense.
-    """
-    panels = []
-    compared = frame[frame["method"] != DENSE].dropna(subset=["token_losses", "dense_token_losses"])
-    for task, own in compared.groupby("task", observed=True):
-        length, lines = own["length"].max(), []
-        for name, measured in own[own["length"] == length].groupby("method", observed=True):
-            pairs = zip(measured["token_losses"], measured["dense_token_losses"], strict=True)
-            over = np.mean([np.subtract(*pair) for pair in pairs], axis=0)
-            edges = np.unique(np.linspace(0, len(over), min(_POSITION_BINS, len(over)) + 1).astype(int))
-            means = np.add.reduceat(over, edges[:-1]) / np.diff(edges)
-            lines.append(Line(find_method(name).title, (edges[:-1] + edges[1:]) / 2, means, style_of(name)))
-        lines.append(Line("dense", lines[0].x, [0.0] * len(lines[0].x), {"color": "#000000"}))
-        title = f"{title_of(task)} at {length:,} tokens"
-        panels.append(Panel(title, lines, x_label="position among the scored tokens"))
     return panels
 
 

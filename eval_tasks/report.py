@@ -93,19 +93,11 @@ class Report:
 
     def plots(self) -> Iterator[tuple[str, list[figures.Figure]]]:
         """All plots, each caption with what is drawn; the result comes first."""
-        drawn = lambda panels: [figures.draw([panel]) for panel in panels]  # noqa: E731
         caption = "Quality by context length: perplexity (lower is better), or right answers (higher is better)."
         needed = "Budgets that the quality of dense attention needs, by context length."
-        yield needed if len(self.needed) else caption, drawn(self.panels())
+        yield needed if len(self.needed) else caption, [figures.draw([panel]) for panel in self.panels()]
         for task, own in self.frame.dropna(subset=["depth", "score"]).groupby("task", observed=True):
             yield f"{task}: share of right answers by depth of the needle and length.", figures.depth_maps(own)
-        if panels := figures.position_panels(self.frame):
-            caption = "Loss over dense, in nats per token, by position within the scored tokens; above 0 is worse."
-            yield caption, drawn(panels)
-        if not len(self.needed) and len(self.shown):
-            own = self.shown[self.shown["task"] == self.shown["task"].iloc[0]]
-            caption = "What each method attended: the realised budget, and its share of all visible keys."
-            yield caption, drawn(figures.budget_panels(own))
 
     def record(self) -> dict[str, str]:
         """Tasks, methods, versions, hardware and all settings, name by name."""

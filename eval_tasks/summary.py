@@ -32,7 +32,7 @@ _NUMBERS = [
     "score", "loss_sum", "tokens", "bytes", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction",
     "tail_mean_keys", "seconds", "peak_memory", "prefill_seconds", "first_token_seconds", "said_tokens", "depth",
 ]  # fmt: skip
-_OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense", "token_losses"]
+_OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense"]
 
 
 def merge_runs(directories: Sequence[Path]) -> tuple[dict[str, Any], list[Row]]:
@@ -70,8 +70,8 @@ def merge_runs(directories: Sequence[Path]) -> tuple[dict[str, Any], list[Row]]:
 def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows, each cell once, with a ``loss``: nats per scored token, or 1 − score; NaN where measuring failed.
 
-    ``dense_loss`` and ``dense_token_losses`` are those of dense attention on the same sample. ``is_answer`` says that
-    the task scores generated answers, and not a text.
+    ``dense_loss`` is that of dense attention on the same sample. ``is_answer`` says that the task scores generated
+    answers, and not a text.
     """
     names = [*_OTHERS, *_NUMBERS]
     frame = pd.DataFrame(rows, columns=names, dtype=object)
@@ -83,7 +83,7 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     tasks = [*(name for name in TASKS if name in there), *sorted(there - set(TASKS))]
     frame["task"] = pd.Categorical(frame["task"], tasks)
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
-    dense = frame[frame["method"] == DENSE].set_index(_SAMPLE)[["loss", "token_losses"]].add_prefix("dense_")
+    dense = frame[frame["method"] == DENSE].set_index(_SAMPLE)["loss"].rename("dense_loss")
     return frame.sort_values([*CELL, "sample"], ignore_index=True).join(dense, on=_SAMPLE)
 
 

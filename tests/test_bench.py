@@ -1,6 +1,5 @@
 """``nc-patch bench``: what it measures and writes on the CPU, at sizes that say nothing about speed, and its rivals."""
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -9,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from eval_tasks.bench import command, measure, operator, report, timing
+from eval_tasks.bench import command, measure, operator, timing
 from eval_tasks.bench.inputs import GEOMETRIES, Geometry, make_inputs
 from nc_patch.cli import main
 
@@ -64,10 +63,8 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
         assert row["kind"] == "dense" or row["backend"] == "cpu" or row["backend"].startswith("torch")
     indexes = {"topk": (True, "codes", "means"), "block": (False, "pages", None)} if phase == "decode" else {}
     assert kept == {"topk": (False, None, None), "block": (False, None, None), "window": (False, None, None)} | indexes
-    assert {one["method"] for one in record["exponents"]} == {"topk", "block", "window", "fastest dense"}
     said = capsys.readouterr().out
-    for part in ("budget 4 n^0.5", "Time grows with the number of keys as", "fastest dense (tiny, batch 2)"):
-        assert part in said
+    assert "budget 4 n^0.5" in said
     assert sum(line.split()[:1] == ["tiny"] for line in said.splitlines()) == 2 * 2 * 4  # the fastest dense one alone
     assert (tmp_path / f"{phase}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -97,7 +94,7 @@ def spoiled(change):
 def replays_nothing(step, *arguments, **options):
     """``timing.prepare``, as if a CUDA graph of a selection's step had left the output as it was."""
     output = step(0) if isinstance(step, functools.partial) else step(0) * torch.nan
-    return dataclasses.replace(timing.prepare(step, *arguments, **options), replayed=output)
+    return timing.prepare(step, *arguments, **options)[0], output
 
 
 SPARSE = "operator.sparse_attention"
@@ -168,7 +165,7 @@ def test_after_the_deadline_no_case_begins(tmp_path, capsys):
 @pytest.mark.parametrize(("deadline", "rounds"), [(float("inf"), 5), (0.0, 3)])
 def test_methods_have_their_turns_for_three_rounds_and_then_until_the_deadline(deadline, rounds):
     order = []
-    methods = {name: timing.Prepared(lambda name=name: order.append(name)) for name in "ab"}
+    methods = {name: lambda name=name: order.append(name) for name in "ab"}
     assert [len(taken) for taken in timing.interleave(methods, 5, CPU, deadline).values()] == [rounds] * 2
     assert order == ["a", "b"] * rounds
 
@@ -206,14 +203,3 @@ def test_prompts_are_local_have_sinks_and_seek_few_of_the_other_keys():
     kept = softmax[:, :, 64:1900]
     near, far = ((kept[:, 1000] * kept[:, other]).sum(-1).mean() for other in (1001, 1700))
     assert near > far
-
-
-def test_exponents_are_those_of_the_fastest_dense_and_of_each_selection():
-    def rows(method, kind, exponent, factor):
-        known = {"geometry": "tiny", "batch": 1, "method": method, "kind": kind, "status": "ok"}
-        return [{**known, "length": n, "median_seconds": factor * n**exponent} for n in (100, 200, 800)]
-
-    found = report.exponents(
-        rows("sdpa a", "dense", 1.5, 1) + rows("sdpa b", "dense", 2, 0.01) + rows("topk", "sparse", 0.5, 3)
-    )
-    assert {one["method"]: one["exponent"] for one in found} == pytest.approx({"fastest dense": 2, "topk": 0.5})

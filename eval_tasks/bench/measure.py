@@ -13,7 +13,7 @@ import torch
 
 from eval_tasks.bench.inputs import Inputs
 from eval_tasks.bench.operator import Case, Settings, dense_steps, make_sets, sparse_step
-from eval_tasks.bench.timing import Prepared, Step, first_line, interleave, prepare
+from eval_tasks.bench.timing import first_line, interleave, prepare
 from nc_patch.config import NCConfig
 from nc_patch.functional import sparse_attention
 from nc_patch.ops.backends import choose_backend
@@ -70,7 +70,7 @@ def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str
     compared = checked_rows(sets[0].query.shape[2], settings.options.get("query_block_size", Block.query_block_size))
     dense, right = dense_steps(sets), dict[str, AttentionResult]()
     rows: dict[str, Row] = {}
-    ready: dict[str, Prepared] = {}
+    ready: dict[str, Callable[[], object]] = {}
     for name in (*settings.selections, *dense):
         selection = "dense" if name in dense else name
         config = settings.config(selection)
@@ -86,12 +86,12 @@ def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str
                 row |= {what: float(getattr(right[name], what).double().mean()) for what in ("attended", "kept_mass")}
                 row["backend"] = _backend(sets[0], config, phase)
             step = dense.get(name) or sparse_step(sets, config, phase)
-            check(row, _first_output(row, step, device), right[selection].output, compared)
-            prepared = prepare(step, len(sets), device, graph=phase == "decode")
-            row |= {"in_graph": prepared.replayed is not None, "message": prepared.reason}
-            if prepared.replayed is not None:
-                check(row, prepared.replayed, right[selection].output, compared, ", in a CUDA graph")
-            ready[name] = prepared
+            check(row, step(0), right[selection].output, compared)
+            launch, replayed = prepare(step, len(sets), device, graph=phase == "decode")
+            row["in_graph"] = replayed is not None
+            if replayed is not None:
+                check(row, replayed, right[selection].output, compared, ", in a CUDA graph")
+            ready[name] = launch
         except Exception as error:
             fail(row, error)
     taken = interleave(ready, settings.repeats, device, min(deadline, time.monotonic() + _CASE_SECONDS))
@@ -111,17 +111,6 @@ def fail(row: Row, error: Exception) -> None:
     short_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
     status = ABSENT if absent else NO_MEMORY if short_of_memory else FAILED
     row |= {"status": status, "message": first_line(error)}
-
-
-def _first_output(row: Row, step: Step, device: torch.device) -> torch.Tensor:
-    """The output for the first set of inputs; the row gets the memory that a step takes on a GPU."""
-    if device.type != "cuda":
-        return step(0)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    output = step(0)
-    row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-    return output
 
 
 def checked_rows(queries: int, query_block_size: int) -> torch.Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -14,7 +13,6 @@ from eval_tasks.bench.measure import OK, Row
 matplotlib.use("Agg")  # draws into files; needs no display
 _UNIT = "milliseconds a layer"
 _CASE = ["geometry", "batch", "length"]
-_LINE = ["geometry", "batch", "line"]
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _COLOURS = {"fastest dense": "#000000", "topk": "#D55E00", "block": "#009E73", "window": "#CC79A7"}
 
@@ -24,8 +22,7 @@ def timed(rows: Sequence[Row]) -> pd.DataFrame:
 
     ``line`` is the selection, or ``"fastest dense"``. Empty where nothing was timed.
     """
-    columns = {"kept_mass": None, "backend": "-", "peak_bytes": None}
-    found = pd.DataFrame([columns | row for row in rows if "median_seconds" in row])
+    found = pd.DataFrame([{"kept_mass": None, "backend": "-"} | row for row in rows if "median_seconds" in row])
     if found.empty:
         return found
     dense = found[found.kind == "dense"]
@@ -36,18 +33,8 @@ def timed(rows: Sequence[Row]) -> pd.DataFrame:
     return shown.assign(speed=shown.fastest / shown.median_seconds)
 
 
-def exponents(rows: Sequence[Row]) -> list[Row]:
-    """The exponent of time in n of each selection and the fastest dense, fitted to all lengths, where two or more."""
-    shown, found = timed(rows), []
-    for (geometry, batch, line), of in shown.groupby(_LINE, sort=False) if len(shown) else ():
-        if len(of) > 1:
-            slope = float(np.polyfit(np.log(of.length), np.log(of.median_seconds), 1)[0])
-            found.append({"geometry": geometry, "batch": batch, "method": line, "exponent": slope})
-    return found
-
-
 def text(rows: Sequence[Row]) -> str:
-    """The times of all cases, how they grow, and everything that did not run or not as meant."""
+    """The times of all cases, and everything that did not run or is wrong."""
     shown, lines = timed(rows), []
     if not shown.empty:
         columns = {
@@ -58,18 +45,13 @@ def text(rows: Sequence[Row]) -> str:
             "method": shown.method,
             _UNIT: (1e3 * shown.median_seconds).map("{:,.3f}".format),
             "over dense": shown.speed.map("{:.2f}x".format),
-            "MB": (shown.peak_bytes.astype(float) / 1e6).map("{:,.0f}".format),
             "kept mass": shown.kept_mass.astype(float).map("{:.3f}".format),
             "backend": shown.backend,
         }
         table = pd.DataFrame(columns).replace(["nan", "nanx"], "-")
-        table = table.loc[:, (table != "-").any()]
-        lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended;"]
-        lines += [" MB: what a step allocates beside inputs and indexes, on a GPU)"]
-    grown = [f"  n^{g['exponent']:.2f}  {g['method']} ({g['geometry']}, batch {g['batch']})" for g in exponents(rows)]
-    missing = list(dict.fromkeys(_problem(row) for row in rows if row["status"] != OK or row.get("message")))
-    for title, found in (("Time grows with the number of keys as", grown), ("Not run, or not as meant:", missing)):
-        lines += ["", title, *found] if found else []
+        lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended)"]
+    if missing := list(dict.fromkeys(_problem(row) for row in rows if row["status"] != OK)):
+        lines += ["", "Not run, or wrong:", *missing]
     return "\n".join(lines)
 
 

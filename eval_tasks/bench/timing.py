@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -10,22 +9,12 @@ Step = Callable[[int], torch.Tensor]  # runs a method on the i-th set of inputs
 _FEWEST_ROUNDS, _WARM_UPS = 3, 3
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """``launch`` runs one step on each set of inputs, as layers come.
+def prepare(
+    step: Step, steps: int, device: torch.device, graph: bool
+) -> tuple[Callable[[], object], torch.Tensor | None]:
+    """What runs ``step(i)`` for i below ``steps``, in a row as layers come; on a GPU as one CUDA graph, if wanted.
 
-    ``replayed`` is what a CUDA graph returned for the first set, ``reason`` why none could be captured.
-    """
-
-    launch: Callable[[], object]
-    replayed: torch.Tensor | None = None
-    reason: str | None = None
-
-
-def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepared:
-    """What runs ``step(i)`` for i below ``steps``, in a row; on a GPU as one CUDA graph, if wanted.
-
-    What the warm-up raises is raised here. What cannot be captured is timed as it is, and says so.
+    Beside it what the graph returned for the first set, if there is one. Raises what the warm-up and the capture raise.
     """
 
     def all_steps() -> torch.Tensor:
@@ -36,7 +25,7 @@ def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepar
 
     if device.type != "cuda" or not graph:
         all_steps()
-        return Prepared(all_steps)
+        return all_steps, None
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -48,16 +37,12 @@ def prepare(step: Step, steps: int, device: torch.device, graph: bool) -> Prepar
     try:
         with torch.cuda.graph(captured):
             replayed = all_steps()
-        replayed.fill_(torch.nan)  # so that a replay which leaves something out shows
-        captured.replay()
-        torch.cuda.synchronize(device)
-    except Exception as error:
+    finally:
         torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        torch.cuda.synchronize(device)
-        return Prepared(all_steps, reason=f"not captured in a CUDA graph: {first_line(error)}")
-    return Prepared(captured.replay, replayed)
+    replayed.fill_(torch.nan)  # so that a replay which leaves something out shows
+    captured.replay()
+    torch.cuda.synchronize(device)
+    return captured.replay, replayed
 
 
 def seconds_of(launch: Callable[[], object], device: torch.device) -> float:
@@ -75,18 +60,18 @@ def seconds_of(launch: Callable[[], object], device: torch.device) -> float:
 
 
 def interleave(
-    methods: Mapping[str, Prepared], repeats: int, device: torch.device, deadline: float = float("inf")
+    launches: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, deadline: float = float("inf")
 ) -> dict[str, list[float]]:
     """Seconds of a launch of every method, in ``repeats`` rounds in which each has its turn.
 
     After the deadline (``time.monotonic``) no round begins, but for the first three.
     """
-    taken: dict[str, list[float]] = {name: [] for name in methods}
+    taken: dict[str, list[float]] = {name: [] for name in launches}
     for turn in range(repeats):
         if turn >= _FEWEST_ROUNDS and time.monotonic() > deadline:
             break
-        for name, prepared in methods.items():
-            taken[name].append(seconds_of(prepared.launch, device))
+        for name, launch in launches.items():
+            taken[name].append(seconds_of(launch, device))
     return taken
 
 
