@@ -22,9 +22,8 @@ from eval_tasks.arguments import (
 )  # fmt: skip
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHED_BY, Budgets
-from eval_tasks.measure import SPARSE_IN
+from eval_tasks.measure import SPARSE_IN, find_press
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
-from eval_tasks.presses import find_press
 from eval_tasks.processes import joined_processes
 from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.sweep import Sweep, run_sweep

@@ -1,10 +1,13 @@
 """One measurement: the loss of scored tokens or an answer, what was attended for it, its time and its memory."""
 
 import contextlib
+import importlib
 import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
 from typing import Any, Literal, TypeVar
@@ -15,7 +18,6 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from eval_tasks.errors import EvalError
 from eval_tasks.metrics.string_match.string_match import score
 from eval_tasks.peak import Peak, memory_watched
-from eval_tasks.presses import Press
 from eval_tasks.synthetic import SyntheticSample
 from eval_tasks.synthetic.sample import tokens_of
 from eval_tasks.tasks import Sample
@@ -29,6 +31,38 @@ SPARSE_IN: dict[Phase, str] = {
     "decode": "the scored tokens, or the answer, one by one after a dense prefill",
 }
 """What is sparse in each phase, for people."""
+
+
+@dataclass(frozen=True)
+class Press:
+    """A class of ``kvpress`` by its name, such as ``"SnapKVPress"``, and the keys that every layer and head keeps."""
+
+    name: str
+    kept: int
+
+    def compressing(self, model: Any, context: int) -> AbstractContextManager[Any]:
+        """Compresses the cache of a prefill of ``context`` tokens that runs within the block."""
+        ratio = min(1.0 - 1.0 / context, max(0.0, 1.0 - self.kept / context))
+        compressing: AbstractContextManager[Any] = find_press(self.name)(compression_ratio=ratio)(model)
+        return compressing
+
+
+def find_press(name: str) -> type[Any]:
+    """The class of a press; raises EvalError where kvpress is missing, does not load, or has none with a ratio."""
+    try:
+        package = importlib.import_module("kvpress")
+    except ImportError as error:
+        needs = f"the method kvpress:{name} needs the package kvpress (pip install kvpress)"
+        raise EvalError(f"{needs}, which cannot be imported: {error}") from error
+    presses: dict[str, type[Any]] = {
+        each: found
+        for each, found in inspect.getmembers(package, inspect.isclass)
+        if each.endswith("Press") and "compression_ratio" in inspect.signature(found).parameters
+    }
+    if name not in presses:
+        raise EvalError(f"kvpress has no press {name!r} with a compression ratio; it has {', '.join(sorted(presses))}")
+    return presses[name]
+
 
 Attention = NCConfig | Press | None
 """What a measurement attends by: sparse attention, a press that compresses the cache, or None, the model as it is."""

@@ -7,8 +7,7 @@ from typing import Any
 
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets, LogConfig
-from eval_tasks.measure import Attention
-from eval_tasks.presses import Press
+from eval_tasks.measure import Attention, Press
 from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 
 STREAMING_SINKS = 4

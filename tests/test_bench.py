@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 import torch
 
-from eval_tasks.bench import command, measure, operator, timing
+from eval_tasks.bench import command, measure, operator
 from eval_tasks.bench.inputs import GEOMETRIES, Geometry, make_inputs
 from nc_patch.cli import main
 
 CPU = torch.device("cpu")
-operator_attention = operator.sparse_attention
+operator_attention, prepare = operator.sparse_attention, measure.prepare
 TINY = Geometry(4, 2, 16)
 PHASES = pytest.mark.parametrize("phase", ["decode", "prefill"])
 
@@ -92,9 +92,9 @@ def spoiled(change):
 
 
 def replays_nothing(step, *arguments, **options):
-    """``timing.prepare``, as if a CUDA graph of a selection's step had left the output as it was."""
+    """``measure.prepare``, as if a CUDA graph of a selection's step had left the output as it was."""
     output = step(0) if isinstance(step, functools.partial) else step(0) * torch.nan
-    return timing.prepare(step, *arguments, **options)[0], output
+    return prepare(step, *arguments, **options)[0], output
 
 
 SPARSE = "operator.sparse_attention"
@@ -153,7 +153,7 @@ def test_what_was_measured_before_a_stop_is_written_and_reported(tmp_path, capsy
     assert {row["length"] for row in rows_of("decode", tmp_path)} == {64}
     printed = capsys.readouterr()
     assert "budget 4 n^0.5" in printed.out
-    assert f"nc-patch bench: stopped: {timing.first_line(stop)}" in printed.err
+    assert f"nc-patch bench: stopped: {measure.first_line(stop)}" in printed.err
 
 
 def test_after_the_deadline_no_case_begins(tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_after_the_deadline_no_case_begins(tmp_path, capsys):
 def test_methods_have_their_turns_for_three_rounds_and_then_until_the_deadline(deadline, rounds):
     order = []
     methods = {name: lambda name=name: order.append(name) for name in "ab"}
-    assert [len(taken) for taken in timing.interleave(methods, 5, CPU, deadline).values()] == [rounds] * 2
+    assert [len(taken) for taken in measure.interleave(methods, 5, CPU, deadline).values()] == [rounds] * 2
     assert order == ["a", "b"] * rounds
 
 

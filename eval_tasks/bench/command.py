@@ -16,9 +16,8 @@ import torch
 from eval_tasks.arguments import add_out, positive, spaced
 from eval_tasks.bench import report
 from eval_tasks.bench.inputs import GEOMETRIES
-from eval_tasks.bench.measure import FAILED, WRONG, Row, measure_all
+from eval_tasks.bench.measure import FAILED, WRONG, Row, first_line, measure_all
 from eval_tasks.bench.operator import Settings
-from eval_tasks.bench.timing import first_line
 from eval_tasks.errors import EvalError
 from eval_tasks.models import DTYPES, pick_device
 from eval_tasks.provenance import commit, hardware, hardware_words, versions
