@@ -55,7 +55,7 @@ class Report:
         compared = summary.comparisons(self.frame, within)
         measured = summary.summarise(self.frame, compared)
         self.shown, self.needed = summary.overview(measured), summary.needed_budgets(self.frame, within)
-        self.caveats = findings.caveats(run, self.frame, compared, self.needed)
+        self.caveats = findings.caveats(run, self.frame, compared)
         planned, done = run["planned"], len(rows)
         self.progress = f"{done} of {planned} measurements are made; the same command goes on." * (done < planned)
         self.table, self.result = None, findings.NOTHING_COMPARED
