@@ -26,8 +26,6 @@ Row = Mapping[str, Any]
 RESULTS = "results.jsonl"
 RUN = "run.json"
 _LOCK = ".lock"
-# No sweep writes more: a file beyond is not read into memory.
-_LARGEST_FILE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -182,18 +180,14 @@ def record_session(
     command: str,
     machines: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes ``run.json``, or adds a session to the one there is; says so where its hardware is another.
+    """Writes ``run.json``, or adds a session to the one there is.
 
     ``details`` are what later sessions need not repeat. Of a session the command is recorded, and the ``machines``: the
     hardware of each of its processes, by which the first one's stands for all that are alike.
     """
     first = {"command": command, "identity": dict(identity), **details, "hardware": machines[0], "sessions": []}
     run = read_run(directory) or first
-    before, here = hardware_words(run["hardware"]), hardware_words(machines[0])
-    if before != here:
-        said = f"This session runs on other hardware ({here}) than the first ({before}); it is recorded, and the report"
-        print(f"{said} says that times do not compare.", file=sys.stderr)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    here, now = hardware_words(machines[0]), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     session: dict[str, Any] = {"started": now, "commit": commit(), "command": command, "processes": len(machines)}
     session["hardware"] = machines[0]
     if others := {words: each for each in machines if (words := hardware_words(each)) != here}:
@@ -234,12 +228,12 @@ def _cut_torn_line(descriptor: int) -> bool:
 
 
 def _content(path: Path) -> bytes | None:
-    """What a file holds; None where there is none. Raises EvalError for what is no ordinary file of ordinary size."""
+    """What a file holds; None where there is none. Raises EvalError for what is no ordinary file."""
     try:
         if not path.exists():
             return None
-        if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
-            raise OSError(errno.EINVAL, f"it is no ordinary file of at most {_LARGEST_FILE:,} bytes")
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "it is no ordinary file")
         return path.read_bytes()
     except OSError as error:
         raise EvalError(f"{path} cannot be read: {error.strerror}. Remove it, or give another directory") from error
