@@ -28,6 +28,7 @@ from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.report import REPORT_FILES
 from eval_tasks.store import Cell, Row, append_row, check_out, check_same, claimed, read_rows, read_run, record_session
 from eval_tasks.synthetic import GENERATORS, SyntheticSample, chat, synthesize
+from eval_tasks.synthetic.sample import SHORTEST
 from eval_tasks.tasks import TASKS, Layout, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
 from nc_patch.calibration.fingerprint import weights_fingerprint
@@ -177,8 +178,8 @@ def load_source(sweep: Sweep) -> Source:
     check_lengths(scored, sweep.layout, len(tokens.prefix))
     shortest = min(sweep.layout.lengths)
     for name in sweep.tasks:
-        if name in GENERATORS and shortest < (needed := GENERATORS[name].shortest):
-            raise EvalError(f"length {shortest} is too short for the task {name}, which needs {needed} tokens")
+        if name in GENERATORS and shortest < SHORTEST:
+            raise EvalError(f"length {shortest} is too short for the task {name}, which needs {SHORTEST} tokens")
     starts = places(tokens, sweep.layout) if scored else []
     return Source(text, tokens, tokenizer, starts)
 

@@ -49,12 +49,7 @@ def equal_at(keys: int, length: int) -> list[Law]:
 
 
 def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
-    """α·n^C for C = 0 (the fixed budget), 0.1 … 1, of the largest α whose mean budget is at most ``keys``.
-
-    Raises ValueError where that is below one key, or more than the shortest length.
-    """
-    if not 1 <= keys <= min(lengths):
-        raise ValueError(f"keys must be between 1 and the shortest length {min(lengths)}, got {keys}")
+    """α·n^C for C = 0 (the fixed budget), 0.1 … 1, of the largest α whose mean budget is at most ``keys``."""
     first, *growing = (Law(f"n^{step / 10:g}, mean {keys}", float(keys), step / 10) for step in range(11))
     return [first, *(law.largest(keys, lengths) for law in growing)]
 

@@ -20,6 +20,7 @@ Count = Callable[[str], int]  # from a text to its number of tokens, those inclu
 TOLERANCE = 0.02  # share of the length that may stay empty
 _CLOSE_ENOUGH = 0.002  # share of the room at which the search ends early
 _PROBE = 32  # units of filler from which their size is first estimated
+SHORTEST = 512  # tokens
 DEPTHS = 40  # RULER puts needles at this many evenly spaced depths
 
 
@@ -65,7 +66,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Generator:
-    """One task whose samples are generated at any length, from ``shortest`` tokens on with tokenizers of usual size.
+    """One task whose samples are generated at any length, from ``SHORTEST`` tokens on with tokenizers of usual size.
 
     So many ``new_tokens`` are kept free for the answer, as in the original.
     """
@@ -74,11 +75,10 @@ class Generator:
     description: str
     recipe: Callable[[Request], Recipe]
     new_tokens: int
-    shortest: int = 512
 
     def answers(self, seed: int, index: int, text: str = PYTHON_REFERENCE) -> tuple[str, ...]:
         """The answers of a sample, which are the same at every length; no tokenizer is needed."""
-        return self.recipe(Request(self.shortest, seed, index, text, self.name)).answers
+        return self.recipe(Request(SHORTEST, seed, index, text, self.name)).answers
 
 
 @dataclass(frozen=True)
