@@ -12,7 +12,6 @@ import json
 import os
 import re
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -63,20 +62,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def claimed(directory: Path, is_first: bool = True) -> Iterator[None]:
-    """Within, no other run may add to the directory; a last line that was torn when an earlier run ended is cut off.
+    """Within, no other run may add to the directory.
 
     The first process of a run claims it while nobody holds it, and then all of them hold it: where the first one is
     killed, the others keep the next run out until they have ended, too. Raises EvalError where another run is measuring
     into it, or it cannot be written.
     """
-    with _opened(directory / _LOCK) as lock:
+    with _opened(directory / _LOCK) as lock, _opened(directory / RESULTS):  # so that it can be written is known now
         try:
             if is_first:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with _opened(directory / RESULTS) as file:
-                    if _cut_torn_line(file):
-                        said = "was torn off when the last run ended; it is measured again."
-                        print(f"The last line of {directory / RESULTS} {said}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             said = f"another process is measuring into {directory}; wait for it, or give another --out"
@@ -94,7 +89,7 @@ def append_row(directory: Path, row: Mapping[str, Any]) -> None:
     with _opened(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)  # until the descriptor is closed
-            _cut_torn_line(file)  # of a process that was killed
+            _cut_torn_line(file)  # of a process that was killed, or of an earlier run
             if os.write(file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file)
@@ -115,7 +110,7 @@ def read_rows(directory: Path) -> list[Row]:
     path, rows = directory / RESULTS, []
     lines = (_content(path) or b"").removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
-        row = _parsed_row(line)
+        row = _parsed(line, "method")
         if row is None:
             if line and number < len(lines):
                 raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
@@ -214,17 +209,15 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _cut_torn_line(descriptor: int) -> bool:
+def _cut_torn_line(descriptor: int) -> None:
     """Cuts off a last line that is not whole: torn by the end of a process, or damaged by that of the machine."""
     size = os.fstat(descriptor).st_size
     tail = os.pread(descriptor, min(size, 1 << 24), max(0, size - (1 << 24)))
     last = tail[tail.removesuffix(b"\n").rfind(b"\n") + 1 :]
-    if last and _parsed_row(last) is None:
+    if last and _parsed(last, "method") is None:
         os.ftruncate(descriptor, size - len(last))
-        return True
-    if last and not last.endswith(b"\n"):
+    elif last and not last.endswith(b"\n"):
         os.write(descriptor, b"\n")
-    return False
 
 
 def _content(path: Path) -> bytes | None:
@@ -239,19 +232,13 @@ def _content(path: Path) -> bytes | None:
         raise EvalError(f"{path} cannot be read: {error.strerror}. Remove it, or give another directory") from error
 
 
-def _parsed(text: bytes) -> dict[str, Any] | None:
-    """The object that a text of JSON holds; None where it holds anything else."""
+def _parsed(text: bytes, *names: str) -> dict[str, Any] | None:
+    """The object that a text of JSON holds, with values of these names; None where it holds anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
-
-
-def _parsed_row(line: bytes) -> dict[str, Any] | None:
-    """The row that a line holds; None where it holds anything else."""
-    row = _parsed(line)
-    return row if row is not None and "method" in row else None
+    return value if isinstance(value, dict) and value.keys() >= {*names} else None
 
 
 # What a field may hold: whole numbers of a range, numbers between two, texts of a pattern, lists of something, objects.
