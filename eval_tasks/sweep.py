@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from operator import attrgetter
@@ -151,11 +150,9 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: PartialSta
         if not processes.is_main_process:
             claim.enter_context(claimed(directory, is_first=False))
         gathered(processes, None)  # nothing is measured where one of them cannot
-        began, rank = time.monotonic(), processes.process_index
+        rank = processes.process_index
         _measure_all(sweep, model, source, todo[rank :: processes.num_processes], directory, rank)
         gathered(processes, None)  # the first one waits for all shares
-        if processes.is_main_process:
-            print(f"Measured in {tqdm.format_interval(time.monotonic() - began)}.", file=sys.stderr)
 
 
 def load_source(sweep: Sweep) -> Source:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
-from nc_patch.cli import INSTALL_EVAL
 
 PYTHON_REFERENCE = "python-reference"
 # Endings by which a second field is a file of the data set instead of a configuration.
@@ -118,8 +117,6 @@ def _read_dataset(name: str) -> tuple[str, str]:
         content, count = _join_documents(load_dataset(builder, split=split, streaming=True, **arguments), name, column)
     except EvalError:
         raise
-    except ImportError as error:
-        raise EvalError(f"texts from data sets need the package datasets: {INSTALL_EVAL}") from error
     except Exception as error:  # `datasets` raises its own, its file systems' and its HTTP client's exceptions
         reason = str(error).split("\n")[0]
         raise EvalError(

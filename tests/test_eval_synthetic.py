@@ -114,14 +114,6 @@ def test_a_chat_template_wraps_the_question_and_opens_the_answer(start):
     assert (found.answers, found.prefix) == (plain.answers, plain.prefix)
 
 
-def test_a_template_that_takes_no_question_is_refused():
-    tokenizer = copy.deepcopy(tokenizer_of_kind("unigram_chat"))
-    messages = {None: "has no chat template", "{{ raise_exception('no') }}": r"take a user's question \(no\)"}
-    for tokenizer.chat_template, message in messages.items():
-        with pytest.raises(EvalError, match=message):
-            synthesize(GENERATORS["niah_single_2"], tokenizer, 1024, render=chat(tokenizer))
-
-
 def test_a_length_without_room_is_refused():
     with pytest.raises(EvalError, match="niah_single_2 cannot fill 160 tokens, of which 128 are kept for the answer"):
         sample("niah_single_2", 160)

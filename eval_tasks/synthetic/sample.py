@@ -151,25 +151,15 @@ def synthesize(
 def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
     """Renders a question as the user's turn of the tokenizer's chat template, and the opening as the assistant's.
 
-    Where the template takes no assistant's turn to be continued, the opening follows the words that begin one. Raises
-    EvalError where there is no template, or one that does not take a question.
+    Where the template takes no assistant's turn to be continued, the opening follows the words that begin one.
     """
-    if not tokenizer.chat_template:
-        raise EvalError("the tokenizer has no chat template: measure without one, or give a tokenizer that has one")
 
     def render(question: str, prefix: str) -> str:
         turns = [{"role": "user", "content": question}]
         opened = [*turns, {"role": "assistant", "content": prefix}]
         with contextlib.suppress(ValueError, TemplateError):
             return str(tokenizer.apply_chat_template(opened, tokenize=False, continue_final_message=True))
-        try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except (ValueError, TemplateError) as error:
-            raise EvalError(
-                f"the tokenizer's chat template does not take a user's question ({error}): measure without one, or "
-                "give a tokenizer whose template does"
-            ) from error
-        return f"{text}{prefix}"
+        return f"{tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)}{prefix}"
 
     return render
 
