@@ -101,10 +101,10 @@ def _methods(given: argparse.Namespace, budgets: Budgets) -> tuple[str, ...]:
     names = {*(given.methods or (_ISO_METHODS if iso else DEFAULT_METHODS)), *([PROFILE] if given.profile else [])}
     for name in sorted(names):
         method = find_method(name)
-        method.config(budgets)  # raises for budgets that it cannot have
         press = method.press
         if "@" in name:
             raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
+        method.config(budgets)  # raises for budgets that it cannot have
         if iso and (press or name == PROFILE):
             what = "keeps a share of the cache" if press else "gives each head its own budget"
             raise EvalError(f"{name} {what}, which --match iso cannot set; leave it out")

@@ -101,10 +101,6 @@ class NCHFLM(HFLM):
         """
         store = cache_hook.dbdict
         if store is not None:
-            if not isinstance(store, SqliteDict):
-                raise RuntimeError(
-                    f"lm-eval's cache is a {type(store).__name__}, not a SqliteDict: leave out --use_cache"
-                )
             store.tablename = f"nc_hf {self._fingerprint()}"
             SqliteDict(store.filename, tablename=store.tablename).close()  # makes the table
         super().set_cache_hook(cache_hook)
