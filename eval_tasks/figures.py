@@ -99,15 +99,14 @@ def needed_panels(needed: pd.DataFrame) -> list[Panel]:
     return panels
 
 
-def draw(panels: Sequence[Panel], columns: int | None = None) -> Figure:
-    """The plots side by side, or in rows of so many."""
-    count = columns or max(1, len(panels))
-    rows = max(1, math.ceil(len(panels) / count))
+def draw(panels: Sequence[Panel]) -> Figure:
+    """The plots side by side."""
+    count = max(1, len(panels))
     most = max((sum(bool(line.label) for line in panel.lines) for panel in panels), default=0)
-    height = rows * max(270.0, 100 + _LABEL_HEIGHT * most)
+    size = count * _WIDTH / 72, max(270.0, 100 + _LABEL_HEIGHT * most) / 72
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(count * _WIDTH / 72, height / 72), dpi=72, layout="constrained")
-        axes = list(figure.subplots(rows, count, squeeze=False).flat)
+        figure = Figure(figsize=size, dpi=72, layout="constrained")
+        axes = figure.subplots(1, count, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=False):
             _draw_panel(axis, panel)
         figure.draw_without_rendering()  # what follows needs heights

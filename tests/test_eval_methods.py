@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets, LogConfig, total_of
 from eval_tasks.methods import (
     DEFAULT_METHODS,
@@ -102,12 +101,10 @@ def test_the_method_nc_is_what_patch_model_does_unasked(dense_with_few_keys):
     assert budget_at(DENSE, budgets, 4096) == 4096
 
 
-def test_methods_sort_as_listed_and_then_by_keys_which_dense_attention_does_not_take():
+def test_methods_sort_as_listed_and_then_by_keys():
     names = ["nc-topk", "fixed-topk@128", "kvpress:SnapKVPress", "dense", "fixed-topk@16", "fixed-topk"]
     expected = ["dense", "fixed-topk", "fixed-topk@16", "fixed-topk@128", "nc-topk", "kvpress:SnapKVPress"]
     assert sorted(names, key=order_of) == expected
-    with pytest.raises(EvalError, match="takes no number of keys"):
-        find_method("dense@64").config(Budgets(2.0, 0.5, 1024))
 
 
 def test_every_query_has_the_logarithmic_budget_of_the_keys_that_it_sees():
