@@ -107,7 +107,7 @@ class Peak:
 
     def __exit__(self, *_: object) -> None:
         self.mark("seconds")
-        self.found["peak_memory"] = self._highest() - self._before
+        self.found["peak_memory"] = max(0, self._highest() - self._before)
 
     def mark(self, name: str) -> None:
         """Notes, in a field, how many seconds have passed; what was begun on GPUs is waited for."""

@@ -261,7 +261,7 @@ _RUN |= {"sessions": [{"hardware": {}, "other_hardware": [{}]}]}
 _IDENTITY: _Kinds = {"model": _TEXT, "phase": _TEXT, "match": _TEXT, "methods": [_NAME], "tasks": [_NAME]}
 _IDENTITY |= {"lengths": [_POSITIVE], "alpha": _NUMBER, "C": _NUMBER, "seed": _COUNT}
 _IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), _POSITIVE)
-_OPTIONAL: _Kinds = {"depth": _SHARE, "token_losses": [_NUMBER], "said_tokens": _COUNT, "commit": _TEXT}
+_OPTIONAL: _Kinds = {"depth": _SHARE, "said_tokens": _COUNT, "commit": _TEXT}
 _OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), _NOT_NEGATIVE)
 _MAY_BE_NULL = ("commit", "mean_keys", "tail_mean_keys")
 
@@ -275,11 +275,9 @@ def _problem(values: Mapping[str, Any], required: _Kinds) -> str | None:
         if name in values and not _fits(value, kind) and not (value is None and name in _MAY_BE_NULL):
             return f"{name} cannot be {type(value).__name__} {ascii(value)[:60]}"
     if "loss_sum" in required:
-        tokens, losses = values["tokens"], values.get("token_losses")
-        if losses is not None and len(losses) != tokens:
-            return f"token_losses must be {tokens}, one for each of the tokens, got {len(losses)}"
-        if abs(values["loss_sum"] / tokens) > 700:  # its exponential must be a number
-            return f"loss_sum / tokens must be within 700, got {values['loss_sum'] / tokens:g}"
+        loss = values["loss_sum"] / values["tokens"]
+        if abs(loss) > 700:  # its exponential must be a number
+            return f"loss_sum / tokens must be within 700, got {loss:g}"
     return None
 
 
