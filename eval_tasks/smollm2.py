@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from eval_tasks.errors import EvalError
+from eval_tasks.errors import EvalError, told
 from nc_patch.cli import INSTALL_EVAL
 
 SMOLLM2 = "smollm2"
@@ -29,7 +29,7 @@ def smollm2_directory() -> Path:
     target = cache / f"{SMOLLM2}-{version}-{gguf.stat().st_size}-v{_LAYOUT}"
     if target.is_dir():
         return target
-    try:
+    with told(f"the model cache {cache}", "written", "Make room, or set NC_PATCH_CACHE to another directory."):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{SMOLLM2}-", dir=cache) as made:
             print(f"Converting {gguf.name} to {target}, once; this takes about half a minute.", file=sys.stderr)
@@ -41,9 +41,6 @@ def smollm2_directory() -> Path:
             except OSError:
                 if not target.is_dir():  # by another process that was first
                     raise
-    except OSError as error:
-        advice = "make room, or set NC_PATCH_CACHE to another directory"
-        raise EvalError(f"the model cache {cache} cannot be written ({error.strerror or error}); {advice}") from error
     return target
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from eval_tasks.errors import EvalError
+from eval_tasks.errors import EvalError, told
 from eval_tasks.provenance import commit, hardware_words
 from nc_patch.common import check_directory, replace_file
 
@@ -46,18 +46,14 @@ def check_out(directory: Path, names: Iterable[str] = (), option: str = "--out")
     """Makes the directory that an option names; raises EvalError where files of these names cannot be written there."""
     if directory.exists() and not directory.is_dir():
         raise EvalError(f"{option} {directory} is a file; give a directory")
-    try:
+    with told(f"{option} {directory}", "written", "Give another."):
         check_directory(directory, names)
-    except OSError as error:
-        raise EvalError(f"{option} {directory} cannot be written: {error.strerror}. Give another.") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that readers, and an interruption, see the old content or the new; raises EvalError."""
-    try:
+    with told(path, "written", "Make room, or check it."):
         replace_file(path, content)
-    except OSError as error:
-        raise EvalError(f"{path} cannot be written: {error.strerror or error}. Make room, or check it.") from error
 
 
 @contextlib.contextmanager
@@ -84,22 +80,19 @@ def append_row(directory: Path, row: Mapping[str, Any]) -> None:
 
     Raises EvalError where the disk is full or failing; what was measured before is kept.
     """
-    path = directory / RESULTS
+    path, advice = directory / RESULTS, "What was measured before is kept; make room, and the same command goes on."
     line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    with _opened(path) as file:
+    with _opened(path) as file, told(path, "written", advice):
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the descriptor is closed
+        _cut_torn_line(file)  # of a process that was killed, or of an earlier run
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the descriptor is closed
-            _cut_torn_line(file)  # of a process that was killed, or of an earlier run
             if os.write(file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file)
-        except OSError as error:
+        except OSError:
             with contextlib.suppress(OSError):
                 _cut_torn_line(file)
-            raise EvalError(
-                f"{path} cannot be written: {error.strerror}. What was measured before is kept; make room, and the "
-                "same command goes on."
-            ) from error
+            raise
 
 
 def read_rows(directory: Path) -> list[Row]:
@@ -195,14 +188,12 @@ def record_session(
 def _opened(path: Path) -> Iterator[int]:
     """A descriptor that adds to a file, made where it is missing. A link is refused: it might lead anywhere."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
+    with told(path, "written", "Give another --out."):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, flags, 0o644)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(errno.EINVAL, "it is no ordinary file")
-    except OSError as error:
-        raise EvalError(f"{path} cannot be written: {error.strerror}. Give another --out.") from error
     try:
         yield descriptor
     finally:
@@ -222,14 +213,12 @@ def _cut_torn_line(descriptor: int) -> None:
 
 def _content(path: Path) -> bytes | None:
     """What a file holds; None where there is none. Raises EvalError for what is no ordinary file."""
-    try:
+    with told(path, "read", "Remove it, or give another directory"):
         if not path.exists():
             return None
         if not path.is_file():
             raise OSError(errno.EINVAL, "it is no ordinary file")
         return path.read_bytes()
-    except OSError as error:
-        raise EvalError(f"{path} cannot be read: {error.strerror}. Remove it, or give another directory") from error
 
 
 def _parsed(text: bytes, *names: str) -> dict[str, Any] | None:

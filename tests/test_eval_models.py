@@ -68,7 +68,7 @@ def test_the_copy_of_a_process_that_was_faster_is_used(packaged, monkeypatch):
 def test_a_cache_that_cannot_be_written_and_a_missing_package_are_refused(packaged, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NC_PATCH_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(EvalError, match=r"cannot be written.*make room, or set NC_PATCH_CACHE"):
+    with pytest.raises(EvalError, match=r"cannot be written.*Make room, or set NC_PATCH_CACHE"):
         smollm2.smollm2_directory()
     monkeypatch.undo()
     monkeypatch.setattr(smollm2, "PACKAGE", "no-such-package-at-all")
