@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -44,7 +43,6 @@ _DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("prefill", "cpu"): _CPU | {"lengths": [1024, 2048, 4096, 8192], "repeats": 5},
     ("prefill", "cuda"): _GPU | {"lengths": [2**i for i in range(13, 21)], "repeats": 20},
 }
-matplotlib.use("Agg")  # draws into files; needs no display
 _UNIT = "milliseconds a layer"
 _CASE = ["geometry", "batch", "length"]
 # Okabe and Ito's colours, which people with any colour vision tell apart.
@@ -213,11 +211,14 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, ((geometry, batch), panel) in zip(axes, panels, strict=True):
-        times = panel.assign(time=1e3 * panel.median_seconds).pivot_table("time", "length", "line")
-        times.rename_axis(columns=None).plot(ax=axis, style="o-", color=_COLOURS, loglog=True, grid=True)
+        for line, of in panel.groupby("line"):
+            axis.loglog(of.length, 1e3 * of.median_seconds, "o-", color=_COLOURS[line], label=line)
+        lengths = panel.length.unique()
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticks(times.index, [f"{n:,}" for n in times.index], rotation=45)
+        axis.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=45)
         axis.set(title=f"{geometry}, batch {batch}", xlabel="keys", ylabel=_UNIT)
+        axis.grid()
+        axis.legend()
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
