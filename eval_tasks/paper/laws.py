@@ -57,8 +57,8 @@ def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
 def compare(laws: Sequence[Law], losses: pd.Series) -> list[dict[str, Any]]:
     """The mean loss of each law of ``equal_in_mean`` over all queries, and its difference from the first's.
 
-    ``losses`` has an index of law and n and, first of the others, the document of a query; documents are resampled, all
-    of which have as many queries.
+    ``losses`` has an index of law and n, and of what else tells queries apart: first their document. All documents have
+    as many queries, and documents are resampled.
     """
     document = next(name for name in losses.index.names if name not in ("law", "n"))
     documents, by_length = (losses.groupby(["law", level]).mean() for level in (document, "n"))
