@@ -64,7 +64,7 @@ def claimed(directory: Path, is_first: bool = True) -> Iterator[None]:
     killed, the others keep the next run out until they have ended, too. Raises EvalError where another run is measuring
     into it, or it cannot be written.
     """
-    with _opened(directory / _LOCK) as lock, _opened(directory / RESULTS):  # so that it can be written is known now
+    with _opened(directory / _LOCK) as lock, _opened(directory / RESULTS):  # whether rows can be written shows now
         try:
             if is_first:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
