@@ -71,8 +71,7 @@ def profile_findings(profile: Profile, dense_below: int | None = None) -> list[s
         f"{100 * float(np.mean(profile.kept_mass(longest)[0])):.1f} % of the mass, averaged over heads.",
         f"A query that sees at most {below:,} keys attends them all, and a budget counts that: patch the model with "
         f"dense_below={below}.",
-        f"R² of the fits: median {np.median(fit.r2):.2f}; it is low where C is near 0, because there is little to "
-        f"explain. Half the width of C's 90 % interval: median {np.median((fit.C_high - fit.C_low) / 2):.2f}.",
+        f"Half the width of C's 90 % interval: median {np.median((fit.C_high - fit.C_low) / 2):.2f}.",
         f"{len(dense)} of {fit.C.size} heads are not sparse, as they need {100 * SPARSE_BELOW:g} % of the keys or "
         f"more{layers}.",
     ]
@@ -101,13 +100,13 @@ def shown_fit(profile: Profile) -> Fit:
 
 
 def profile_figure(profile: Profile) -> Figure:
-    """Exponents, and shares of the keys attended, by layer and head; and the mass kept by so many keys."""
+    """Exponents, and shares of the keys attended, by layer and head."""
     fit, longest = shown_fit(profile), profile.lengths[-1]
     seen = np.array([min(longest, window or longest) for window in profile.windows], dtype=float)[:, None]
     attended = 100 * budgets(seen, profile.alpha, profile.C) / seen
     attended[list(profile.dense_layers)] = 100.0
-    figure = Figure(figsize=(16, 5), layout="constrained")
-    exponents, shares, mass = figure.subplots(1, 3)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    exponents, shares = figure.subplots(1, 2)
     for axis, values, title, norm in (
         (exponents, fit.C, f"exponent C of the keys that hold {100 * (1 - fit.eps):g} % of the mass", Normalize(0, 1)),
         (shares, attended, f"% of the keys attended at {longest:,} tokens, log scale", LogNorm()),
@@ -116,16 +115,6 @@ def profile_figure(profile: Profile) -> Figure:
         axis.set(title=title, xlabel="layer", ylabel="query head")
         axis.locator_params(integer=True)
         figure.colorbar(image, ax=axis, format="{x:g}").ax.yaxis.set_minor_formatter("{x:g}")
-    for kept, length in zip(profile.kept, profile.lengths, strict=True):
-        keys = [k for k in profile.keys if k < length]
-        low, middle, high = np.percentile(100 * kept[..., : len(keys)], (25, 50, 75), axis=(0, 1))
-        mass.plot(keys, middle, label=f"{length:,} tokens")
-        mass.fill_between(keys, low, high, alpha=0.1, linewidth=0)
-    mass.set_xscale("log", base=2)
-    mass.xaxis.set_major_formatter("{x:g}")
-    mass.set(title="mass kept, median and middle half of the heads", xlabel="keys attended", ylabel="% of the mass")
-    mass.grid(alpha=0.3)
-    mass.legend(loc="lower right")
     return figure
 
 

@@ -9,22 +9,12 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from eval_tasks.arguments import (
-    TEXT_FORMS,
-    add_budget_options,
-    add_lengths,
-    add_model_options,
-    add_out,
-    directory,
-    not_negative,
-    positive,
-    spaced,
-)  # fmt: skip
+from eval_tasks import arguments as shared
+from eval_tasks.arguments import directory, not_negative, positive, spaced
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import MATCHED_BY, Budgets
-from eval_tasks.measure import SPARSE_IN
+from eval_tasks.measure import SPARSE_IN, find_press
 from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
-from eval_tasks.presses import find_press
 from eval_tasks.processes import joined_processes
 from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.sweep import Sweep, run_sweep
@@ -64,7 +54,7 @@ def run_report(argv: Sequence[str]) -> int:
         prog="nc-patch report", description="Write one report of what directories hold.", allow_abbrev=False
     )
     parser.add_argument("directories", type=directory, nargs="+", metavar="DIR", help="the --out of nc-patch eval")
-    add_out(parser, "where it goes (default: DIR, where there is only one)", required=False)
+    shared.add_out(parser, "where it goes (default: DIR, where there is only one)", required=False)
     _add_within(parser)
     arguments = parser.parse_args(argv)
     _write_report(arguments.directories, arguments.out, arguments.within / 100)
@@ -111,10 +101,10 @@ def _methods(given: argparse.Namespace, budgets: Budgets) -> tuple[str, ...]:
     names = {*(given.methods or (_ISO_METHODS if iso else DEFAULT_METHODS)), *([PROFILE] if given.profile else [])}
     for name in sorted(names):
         method = find_method(name)
-        method.config(budgets)  # raises for budgets that it cannot have
         press = method.press
         if "@" in name:
             raise EvalError(f"{name}: numbers of keys are chosen by --match iso --iso-keys K ...")
+        method.config(budgets)  # raises for budgets that it cannot have
         if iso and (press or name == PROFILE):
             what = "keeps a share of the cache" if press else "gives each head its own budget"
             raise EvalError(f"{name} {what}, which --match iso cannot set; leave it out")
@@ -145,9 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     phases = "; ".join(f"{name}: {what}" for name, what in SPARSE_IN.items())
     default = f"default: {spaced(DEFAULT_METHODS)}; also {PRESS}NAMEPress where kvpress is installed"
     keys = f"with --match iso: the budgets, in keys, that are measured (default: {spaced(_ISO_KEYS)})"
-    add_out(parser, "directory for results.jsonl, summary.csv, run.json and report.html")
-    add_model_options(parser)
-    add("--text", default=PYTHON_REFERENCE, help=f"{TEXT_FORMS} (default)")
+    shared.add_out(parser, "directory for results.jsonl, summary.csv, run.json and report.html")
+    shared.add_model_options(parser)
+    add("--text", default=PYTHON_REFERENCE, help=f"{shared.TEXT_FORMS} (default)")
     add("--methods", nargs="+", metavar="METHOD", help=default)
     add("--profile", metavar="FILE", help="a profile from nc-patch calibrate; adds the method profile")
     add("--match", choices=MATCHED_BY, default="deploy", help=f"how budgets are matched; {matches}")
@@ -155,9 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_within(parser)
     add("--phase", choices=SPARSE_IN, default="all", help=f"what is sparse (default: all). {phases}")
     add("--tasks", nargs="+", choices=_TASKS, default=[*TASKS], metavar="TASK", help=f"default: {spaced(TASKS)}")
-    add_lengths(parser, _LENGTHS, "context lengths in tokens")
+    shared.add_lengths(parser, _LENGTHS, "context lengths in tokens")
     add("--samples", type=positive, default=4, help="stretches of text at each length (default: 4)")
-    add_budget_options(parser)
+    shared.add_budget_options(parser)
     add("--scored", type=positive, default=256, help="last tokens that perplexity scores (default: 256)")
     add("--passage", type=positive, default=192, help="tokens of the passage that recall repeats (default: 192)")
     add("--answer-tokens", type=positive, metavar="N", help="most tokens of an answer (default: as in the original)")

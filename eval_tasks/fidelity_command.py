@@ -5,10 +5,11 @@ next: figures say where a method loses, not what a model loses by it.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -51,31 +52,33 @@ def run_fidelity(argv: Sequence[str]) -> int:
     return 0
 
 
+def configs_of(methods: Sequence[str], budgets: Budgets, lengths: Sequence[int]) -> dict[tuple[str, int], NCConfig]:
+    """The settings of each method at each length; raises EvalError for what has no attention of this package."""
+    found: dict[tuple[str, int], NCConfig] = {}
+    for name, length in itertools.product(methods, lengths):
+        config = attention_by(name, budgets, length)
+        if not isinstance(config, NCConfig):
+            said = f"{name} is no sparse attention of this package"
+            raise EvalError(f"{said}: fidelity compares those with dense attention")
+        found[name, length] = config
+    return found
+
+
 def fidelity(
-    model: Any,
-    ids: torch.Tensor,
-    methods: Sequence[str],
-    budgets: Budgets,
-    lengths: Sequence[int],
-    sample: int = 0,
-    layers: Sequence[int] | None = None,
+    model: Any, ids: torch.Tensor, configs: Mapping[tuple[str, int], NCConfig], sample: int = 0
 ) -> Iterator[dict[str, Any]]:
     """Compares methods with dense attention on what the layers of a model receive; means over ``ROWS`` last queries.
 
-    One forward pass over ``ids``, int64 ``[1, L]``, serves all lengths: the tokens up to the last measured query. By
-    default all layers are measured; ``sample`` is a number for the results.
+    One forward pass over ``ids``, int64 ``[1, L]``, serves all lengths, of which L is the longest; ``configs`` are of
+    ``configs_of``, and ``sample`` is a number for the results.
 
     Yields a row for each layer, method and length: ``kept_mass``, the dense softmax weight of the attended keys, and
-    ``output_error``, ‖o − o_dense‖ / ‖o_dense‖, of each query head; ``attended_fraction`` of the visible keys. Raises
-    EvalError where a method has no attention of its own, or a length does not fit.
+    ``output_error``, ‖o − o_dense‖ / ‖o_dense‖, of each query head; ``attended_fraction`` of the visible keys.
     """
-    configs = [(name, length, _config(name, budgets, length)) for name in methods for length in lengths]
-    if min(lengths) < ROWS or max(lengths) > ids.shape[1]:
-        raise EvalError(f"lengths must lie between {ROWS} and the {ids.shape[1]} tokens that are read, got {lengths}")
-    chosen = range(model.config.get_text_config().num_hidden_layers) if layers is None else layers
-    for layer, problem in zip(chosen, receive(model, ids[:, : max(lengths)], chosen), strict=True):
+    layers, lengths = range(model.config.get_text_config().num_hidden_layers), {length for _, length in configs}
+    for layer, problem in zip(layers, receive(model, ids, layers), strict=True):
         dense = {length: _attend(problem, length, NCConfig(1.0, 1.0)).output.float() for length in lengths}
-        for name, length, config in configs:
+        for (name, length), config in configs.items():
             result, reference = _attend(problem, length, config), dense[length]
             assert result.kept_mass is not None
             assert result.attended is not None
@@ -113,29 +116,20 @@ def figure(layers: pd.DataFrame) -> Figure:
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The rows of ``fidelity``, and what they were measured on."""
     lengths, methods = ascending(arguments.lengths), sorted(set(arguments.methods), key=order_of)
-    budgets = Budgets(arguments.alpha, arguments.C, arguments.equal_at)
+    configs = configs_of(methods, Budgets(arguments.alpha, arguments.C, arguments.equal_at), lengths)
     if lengths[0] < ROWS:
         raise EvalError(f"--lengths must be at least {ROWS}, as many queries as are compared, got {lengths[0]}")
-    for name in methods:
-        _config(name, budgets, max(lengths))
     loaded, source = options.load_chosen_model(arguments), load_text(arguments.text)
     text, model = tokenise(loaded.tokenizer, source.content), loaded.model
     rows: list[dict[str, Any]] = []
     for sample, start in enumerate(places(text, Layout((max(lengths),), arguments.samples, 1, 1, arguments.seed))):
         ids = torch.from_numpy(text.ids[start : start + max(lengths)])[None].to(model.device)
-        rows += fidelity(model, ids, methods, budgets, lengths, sample)
+        rows += fidelity(model, ids, configs, sample)
         print(f"sample {sample + 1} of {arguments.samples}", file=sys.stderr)
     machine = hardware(model.device, torch.get_num_threads())
     record: dict[str, Any] = {"commit": commit(), "versions": versions(), "hardware": machine, "queries": ROWS}
     record |= {"model": arguments.model, "attention": attention_of(model)}
     return record | {"text": {"name": source.name, "origin": source.origin, "sha256": source.sha256}, "rows": rows}
-
-
-def _config(name: str, budgets: Budgets, length: int) -> NCConfig:
-    config = attention_by(name, budgets, length)
-    if not isinstance(config, NCConfig):
-        raise EvalError(f"{name} is no sparse attention of this package: fidelity compares those with dense attention")
-    return config
 
 
 def _attend(problem: Problem, length: int, config: NCConfig) -> AttentionResult:

@@ -81,6 +81,24 @@ def quality_panels(shown: pd.DataFrame, summary: pd.DataFrame) -> list[Panel]:
     return panels
 
 
+def needed_panels(needed: pd.DataFrame) -> list[Panel]:
+    """The budget that each method needs by length, its interval and the fitted law; an arrow where none is enough."""
+    panels = []
+    for task, found in needed.groupby("task", sort=False):
+        lines = []
+        for method, own in found.groupby("method", sort=False):
+            style, title = style_of(method) | {"linestyle": "", "capsize": 3}, find_method(method).title
+            n, beyond = own.dropna(subset=["keys"]), own[own["keys"].isna()]
+            ends = n["keys"] - n[["low", "keys"]].min(axis=1), n[["high", "keys"]].max(axis=1) - n["keys"]
+            lines.append(Line(title, list(n["length"]), list(n["keys"]), style | {"yerr": ends}))
+            law = law_values(n["length"].to_numpy(float), own["alpha"].iloc[0], own["C"].iloc[0])
+            lines.append(Line("", list(n["length"]), law, {"color": style["color"]}))
+            arrow = style | {"yerr": 0.4 * beyond["largest"], "lolims": True}
+            lines.append(Line("", list(beyond["length"]), list(beyond["largest"]), arrow))
+        panels.append(Panel(f"keys needed, {title_of(task)}", lines, sorted(set(needed["length"]))))
+    return panels
+
+
 def budget_panels(own: pd.DataFrame) -> list[Panel]:
     """Keys attended at the scored positions of one task, and the share of all keys, by length."""
     shown = {"keys read by a scored query": own["tail_mean_keys"]}
@@ -109,33 +127,14 @@ def position_panels(frame: pd.DataFrame) -> list[Panel]:
     return panels
 
 
-def needed_panels(needed: pd.DataFrame) -> list[Panel]:
-    """The budget that each method needs by length, its interval and the fitted law; an arrow where none is enough."""
-    panels = []
-    for task, found in needed.groupby("task", sort=False):
-        lines = []
-        for method, own in found.groupby("method", sort=False):
-            style, title = style_of(method) | {"linestyle": "", "capsize": 3}, find_method(method).title
-            n, beyond = own.dropna(subset=["keys"]), own[own["keys"].isna()]
-            ends = n["keys"] - n[["low", "keys"]].min(axis=1), n[["high", "keys"]].max(axis=1) - n["keys"]
-            lines.append(Line(title, list(n["length"]), list(n["keys"]), style | {"yerr": ends}))
-            law = law_values(n["length"].to_numpy(float), own["alpha"].iloc[0], own["C"].iloc[0])
-            lines.append(Line("", list(n["length"]), law, {"color": style["color"]}))
-            arrow = style | {"yerr": 0.4 * beyond["largest"], "lolims": True}
-            lines.append(Line("", list(beyond["length"]), list(beyond["largest"]), arrow))
-        panels.append(Panel(f"keys needed, {title_of(task)}", lines, sorted(set(needed["length"]))))
-    return panels
-
-
-def draw(panels: Sequence[Panel], columns: int | None = None) -> Figure:
-    """The plots side by side, or in rows of so many."""
-    count = columns or max(1, len(panels))
-    rows = max(1, math.ceil(len(panels) / count))
+def draw(panels: Sequence[Panel]) -> Figure:
+    """The plots side by side."""
+    count = max(1, len(panels))
     most = max((sum(bool(line.label) for line in panel.lines) for panel in panels), default=0)
-    height = rows * max(270.0, 100 + _LABEL_HEIGHT * most)
+    size = count * _WIDTH / 72, max(270.0, 100 + _LABEL_HEIGHT * most) / 72
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(count * _WIDTH / 72, height / 72), dpi=72, layout="constrained")
-        axes = list(figure.subplots(rows, count, squeeze=False).flat)
+        figure = Figure(figsize=size, dpi=72, layout="constrained")
+        axes = figure.subplots(1, count, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=False):
             _draw_panel(axis, panel)
         figure.draw_without_rendering()  # what follows needs heights

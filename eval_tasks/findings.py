@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from eval_tasks.iso_quality import LAWS, bounded
+from eval_tasks.iso_quality import LAWS
 from eval_tasks.measure import SPARSE_IN
 from eval_tasks.methods import DENSE, NC, find_method
 from eval_tasks.provenance import hardware_words
@@ -127,14 +127,9 @@ def iso_lead(needed: pd.DataFrame, within: float) -> str:
     return f"To stay within {100 * within:g} % of dense attention, {'; '.join(said)}."
 
 
-def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame, needed: pd.DataFrame) -> list[str]:
+def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
     """Few samples, lengths where dense fails, calls that ran dense, different hardware, failures."""
     said = []
-    for (task, method), own in needed[bounded(needed)].groupby(["task", "method"], sort=False) if len(needed) else ():
-        said.append(
-            f"{find_method(method).title} in {title_of(task)}: at {_listed(own['length'])} tokens the needed budget is "
-            "known on one side alone (at most the smallest measured, or more than the largest), which enters no law."
-        )
     if len(compared):
         fewest = compared["documents"].min()
         judged = compared[~compared["dense_fails"] & compared["p_difference"].notna()]

@@ -47,7 +47,8 @@ def iso_quality(losses: pd.DataFrame, within: float, seed: int = 0) -> pd.DataFr
             spread = [*_interval(lowest[-1], highest[-1]), float(np.mean(~np.isnan(sample)))]
         rows.append([length, keys, *spread, keys == budgets[0], budgets[-1]])
     needed = pd.DataFrame(rows, columns=["length", "keys", "low", "high", "reached", "at_most", "largest"])
-    known, law = ~bounded(needed).to_numpy(), dict.fromkeys(("alpha", "C", "C_low", "C_high", *LAWS), math.nan)
+    known = (needed["keys"].notna() & ~needed["at_most"].astype(bool)).to_numpy()
+    law = dict.fromkeys(("alpha", "C", "C_low", "C_high", *LAWS), math.nan)
     if known.sum() >= _LENGTHS_NEEDED:
         log_n, log_k = np.log(needed.loc[known, ["length", "keys"]].to_numpy(float)).T
         C, intercept = np.polyfit(log_n, log_k, 1)
@@ -59,11 +60,6 @@ def iso_quality(losses: pd.DataFrame, within: float, seed: int = 0) -> pd.DataFr
             low, high = np.log(np.array(lowest)[known]), np.log(np.array(highest)[known])
             law["C_low"], law["C_high"] = _interval(rising @ low + falling @ high, rising @ high + falling @ low)
     return needed.assign(documents=documents, **law)
-
-
-def bounded(needed: pd.DataFrame) -> pd.Series:
-    """Whether the budget of a line is known on one side alone."""
-    return needed["keys"].isna() | needed["at_most"].astype(bool)
 
 
 def _smallest(budgets: np.ndarray, losses: np.ndarray, within: float) -> np.ndarray:

@@ -1,21 +1,28 @@
 """One measurement: the loss of scored tokens or an answer, what was attended for it, its time and its memory."""
 
 import contextlib
+import ctypes
+import importlib
 import inspect
 import math
+import re
+import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from eval_tasks.errors import EvalError
+from eval_tasks.errors import EvalError, MemoryRanOut
 from eval_tasks.metrics.string_match.string_match import score
-from eval_tasks.peak import Peak, memory_watched
-from eval_tasks.presses import Press
 from eval_tasks.synthetic import SyntheticSample
 from eval_tasks.synthetic.sample import tokens_of
 from eval_tasks.tasks import Sample
@@ -30,6 +37,38 @@ SPARSE_IN: dict[Phase, str] = {
 }
 """What is sparse in each phase, for people."""
 
+
+@dataclass(frozen=True)
+class Press:
+    """A class of ``kvpress`` by its name, such as ``"SnapKVPress"``, and the keys that every layer and head keeps."""
+
+    name: str
+    kept: int
+
+    def compressing(self, model: Any, context: int) -> AbstractContextManager[Any]:
+        """Compresses the cache of a prefill of ``context`` tokens that runs within the block."""
+        ratio = min(1.0 - 1.0 / context, max(0.0, 1.0 - self.kept / context))
+        compressing: AbstractContextManager[Any] = find_press(self.name)(compression_ratio=ratio)(model)
+        return compressing
+
+
+def find_press(name: str) -> type[Any]:
+    """The class of a press; raises EvalError where kvpress is missing, does not load, or has none with a ratio."""
+    try:
+        package = importlib.import_module("kvpress")
+    except ImportError as error:
+        needs = f"the method kvpress:{name} needs the package kvpress (pip install kvpress)"
+        raise EvalError(f"{needs}, which cannot be imported: {error}") from error
+    presses: dict[str, type[Any]] = {
+        each: found
+        for each, found in inspect.getmembers(package, inspect.isclass)
+        if each.endswith("Press") and "compression_ratio" in inspect.signature(found).parameters
+    }
+    if name not in presses:
+        raise EvalError(f"kvpress has no press {name!r} with a compression ratio; it has {', '.join(sorted(presses))}")
+    return presses[name]
+
+
 Attention = NCConfig | Press | None
 """What a measurement attends by: sparse attention, a press that compresses the cache, or None, the model as it is."""
 
@@ -40,6 +79,63 @@ _WARM_UP_TOKENS = 64
 QUESTION_TOKENS = 64
 # Of what a model says so much is kept.
 KEPT_LETTERS = 400
+
+
+class Peak:
+    """Times a block and finds its peak memory above the start: fields of a row in ``found``, all when it is left.
+
+    Memory, in bytes, is resident on the CPU, by Linux's own high-water mark, and allocated on GPUs, added up over those
+    that share a model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+        self.found: dict[str, float] = {}
+
+    def __enter__(self) -> "Peak":
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        if not self.devices:
+            # Freed memory goes back to the system (glibc), so that the peak is not hidden in what an earlier one left.
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+            with contextlib.suppress(OSError):  # refused in a sandbox, where the peak is that of the process until now
+                Path("/proc/self/clear_refs").write_text("5")
+        self._before = self._highest()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.mark("seconds")
+        self.found["peak_memory"] = max(0, self._highest() - self._before)
+
+    def mark(self, name: str) -> None:
+        """Notes, in a field, how many seconds have passed; what was begun on GPUs is waited for."""
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+        self.found[name] = time.perf_counter() - self._start
+
+    def _highest(self) -> int:
+        if self.devices:
+            return sum(torch.cuda.max_memory_allocated(device) for device in self.devices)
+        highest = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return 1024 * int(highest[1]) if highest else 0
+
+
+@contextlib.contextmanager
+def memory_watched(tokens: int) -> Iterator[None]:
+    """Raises ``MemoryRanOut`` for an error of memory within the block, once what was allocated there is free again."""
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:
+        # On the CPU PyTorch raises a plain RuntimeError, which only its words tell apart.
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)):
+            raise
+        reason = str(error).split("\n")[0]
+        traceback.clear_frames(error.__traceback__)  # which hold what was allocated, and are held by the next error
+    clear_device_cache(garbage_collection=True)
+    raise MemoryRanOut(f"memory ran out at {tokens:,} tokens ({reason}); ask for shorter lengths")
 
 
 def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "all") -> dict[str, Any]:

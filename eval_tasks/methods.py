@@ -7,8 +7,7 @@ from typing import Any
 
 from eval_tasks.errors import EvalError
 from eval_tasks.matching import Budgets, LogConfig
-from eval_tasks.measure import Attention
-from eval_tasks.presses import Press
+from eval_tasks.measure import Attention, Press
 from nc_patch.config import DEFAULT_DENSE_BELOW, NCConfig
 
 STREAMING_SINKS = 4
@@ -92,8 +91,6 @@ def find_method(name: str) -> Method:
     method = METHODS[base]
     if keys is None:
         return method
-    if base == DENSE:
-        raise EvalError(f"{base} attends by no budget and takes no number of keys")
     fixed = {"alpha": float(keys), "C": 0.0, "dense_below": 0}
     config = lambda budgets: NCConfig(**vars(method.config(budgets)) | fixed)  # noqa: E731
     return replace(method, name=name, title=f"{method.title}, {keys} keys", config=config)

@@ -107,9 +107,8 @@ def load_model(
     is missing, out of reach or no causal language model, or the device is absent.
     """
     target = pick_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise EvalError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
-    chosen: Any = DTYPES.get(dtype, "auto" if target.type == "cuda" else torch.float32)
+    automatic = "auto" if target.type == "cuda" else torch.float32
+    chosen = automatic if dtype == "auto" else DTYPES[dtype]
     source = find_model(name, revision, trust_remote_code)
     tokenizer = source.load(AutoTokenizer)
     model = source.load(AutoModelForCausalLM, dtype=chosen, device_map=device_map)

@@ -4,7 +4,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -48,13 +47,12 @@ def hardware_words(found: Mapping[str, Any]) -> str:
 
 @cache
 def commit() -> str | None:
-    """The git commit of the installed source, with ``-dirty`` when tracked files differ from it; None outside git."""
+    """The git commit of the installed source, with ``-dirty`` when tracked files differ from it, or None."""
     root = Path(nc_patch.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"The git commit could not be read ({error}); it is recorded as unknown.", file=sys.stderr)
+    except (OSError, subprocess.SubprocessError):
         return None

@@ -55,7 +55,7 @@ class Report:
         compared = summary.comparisons(self.frame, within)
         measured = summary.summarise(self.frame, compared)
         self.shown, self.needed = summary.overview(measured), summary.needed_budgets(self.frame, within)
-        self.caveats = findings.caveats(run, self.frame, compared, self.needed)
+        self.caveats = findings.caveats(run, self.frame, compared)
         planned, done = run["planned"], len(rows)
         self.progress = f"{done} of {planned} measurements are made; the same command goes on." * (done < planned)
         self.table, self.result = None, findings.NOTHING_COMPARED
@@ -93,9 +93,9 @@ class Report:
 
     def plots(self) -> Iterator[tuple[str, list[figures.Figure]]]:
         """All plots, each caption with what is drawn; the result comes first."""
-        drawn = lambda panels: [figures.draw([panel]) for panel in panels]  # noqa: E731
         caption = "Quality by context length: perplexity (lower is better), or right answers (higher is better)."
         needed = "Budgets that the quality of dense attention needs, by context length."
+        drawn = lambda panels: [figures.draw([panel]) for panel in panels]  # noqa: E731
         yield needed if len(self.needed) else caption, drawn(self.panels())
         for task, own in self.frame.dropna(subset=["depth", "score"]).groupby("task", observed=True):
             yield f"{task}: share of right answers by depth of the needle and length.", figures.depth_maps(own)

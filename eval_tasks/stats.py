@@ -5,7 +5,7 @@ more than a stated margin. Of many comparisons, all of this is at the level that
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,26 +21,13 @@ _STEPS = 1 << 17
 Numbers = Sequence[float] | np.ndarray
 
 
-def paired_difference(
-    values: Numbers, reference: Numbers, documents: Sequence[Hashable] | None = None, seed: int = 0
-) -> tuple[float, float, float]:
-    """The mean of ``values - reference`` over the same samples, and its bootstrap interval, NaN below two documents.
-
-    Samples of one document resemble each other, so whole documents are resampled; None where each is one of its own.
-    Raises ValueError for sequences that differ in length or are empty.
-    """
-    owners = range(len(values)) if documents is None else documents
-    if not len(values) == len(reference) == len(owners) or not len(values):
-        found = f"{len(values)}, {len(reference)} and {len(owners)}"
-        raise ValueError(f"pairs need the same samples, at least one: got {found}")
-    rows, _ = pd.factorize(np.array(owners, dtype=object))
-    sums, counts = np.bincount(rows, np.subtract(values, reference, dtype=np.float64)), np.bincount(rows)
-    mean, interval = float(sums.sum() / counts.sum()), (math.nan, math.nan)
-    if len(sums) >= MIN_SAMPLES:
-        ratio = lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis)  # noqa: E731
+def paired_difference(values: Numbers, reference: Numbers, seed: int = 0) -> tuple[float, float, float]:
+    """The mean of ``values - reference``, one of each document, and its bootstrap interval, NaN below two documents."""
+    differences, interval = np.subtract(values, reference, dtype=np.float64), (math.nan, math.nan)
+    if len(differences) >= MIN_SAMPLES:
         options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile", "rng": seed}
-        interval = stats.bootstrap((sums, counts), ratio, paired=True, vectorized=True, **options).confidence_interval
-    return mean, float(interval[0]), float(interval[1])
+        interval = stats.bootstrap((differences,), np.mean, vectorized=True, **options).confidence_interval
+    return float(differences.mean()), float(interval[0]), float(interval[1])
 
 
 def compare(

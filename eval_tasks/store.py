@@ -12,13 +12,12 @@ import json
 import os
 import re
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from eval_tasks.errors import EvalError
+from eval_tasks.errors import EvalError, told
 from eval_tasks.provenance import commit, hardware_words
 from nc_patch.common import check_directory, replace_file
 
@@ -26,8 +25,6 @@ Row = Mapping[str, Any]
 RESULTS = "results.jsonl"
 RUN = "run.json"
 _LOCK = ".lock"
-# No sweep writes more: a file beyond is not read into memory.
-_LARGEST_FILE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -49,36 +46,28 @@ def check_out(directory: Path, names: Iterable[str] = (), option: str = "--out")
     """Makes the directory that an option names; raises EvalError where files of these names cannot be written there."""
     if directory.exists() and not directory.is_dir():
         raise EvalError(f"{option} {directory} is a file; give a directory")
-    try:
+    with told(f"{option} {directory}", "written", "Give another."):
         check_directory(directory, names)
-    except OSError as error:
-        raise EvalError(f"{option} {directory} cannot be written: {error.strerror}. Give another.") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that readers, and an interruption, see the old content or the new; raises EvalError."""
-    try:
+    with told(path, "written", "Make room, or check it."):
         replace_file(path, content)
-    except OSError as error:
-        raise EvalError(f"{path} cannot be written: {error.strerror or error}. Make room, or check it.") from error
 
 
 @contextlib.contextmanager
 def claimed(directory: Path, is_first: bool = True) -> Iterator[None]:
-    """Within, no other run may add to the directory; a last line that was torn when an earlier run ended is cut off.
+    """Within, no other run may add to the directory.
 
     The first process of a run claims it while nobody holds it, and then all of them hold it: where the first one is
     killed, the others keep the next run out until they have ended, too. Raises EvalError where another run is measuring
     into it, or it cannot be written.
     """
-    with _opened(directory / _LOCK) as lock:
+    with _opened(directory / _LOCK) as lock, _opened(directory / RESULTS):  # whether rows can be written shows now
         try:
             if is_first:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with _opened(directory / RESULTS) as file:
-                    if _cut_torn_line(file):
-                        said = "was torn off when the last run ended; it is measured again."
-                        print(f"The last line of {directory / RESULTS} {said}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             said = f"another process is measuring into {directory}; wait for it, or give another --out"
@@ -91,22 +80,19 @@ def append_row(directory: Path, row: Mapping[str, Any]) -> None:
 
     Raises EvalError where the disk is full or failing; what was measured before is kept.
     """
-    path = directory / RESULTS
+    path, advice = directory / RESULTS, "What was measured before is kept; make room, and the same command goes on."
     line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    with _opened(path) as file:
+    with _opened(path) as file, told(path, "written", advice):
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the descriptor is closed
+        _cut_torn_line(file)  # of a process that was killed, or of an earlier run
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the descriptor is closed
-            _cut_torn_line(file)  # of a process that was killed
             if os.write(file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file)
-        except OSError as error:
+        except OSError:
             with contextlib.suppress(OSError):
                 _cut_torn_line(file)
-            raise EvalError(
-                f"{path} cannot be written: {error.strerror}. What was measured before is kept; make room, and the "
-                "same command goes on."
-            ) from error
+            raise
 
 
 def read_rows(directory: Path) -> list[Row]:
@@ -117,7 +103,7 @@ def read_rows(directory: Path) -> list[Row]:
     path, rows = directory / RESULTS, []
     lines = (_content(path) or b"").removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
-        row = _parsed_row(line)
+        row = _parsed(line, "method")
         if row is None:
             if line and number < len(lines):
                 raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
@@ -182,18 +168,14 @@ def record_session(
     command: str,
     machines: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes ``run.json``, or adds a session to the one there is; says so where its hardware is another.
+    """Writes ``run.json``, or adds a session to the one there is.
 
     ``details`` are what later sessions need not repeat. Of a session the command is recorded, and the ``machines``: the
     hardware of each of its processes, by which the first one's stands for all that are alike.
     """
     first = {"command": command, "identity": dict(identity), **details, "hardware": machines[0], "sessions": []}
     run = read_run(directory) or first
-    before, here = hardware_words(run["hardware"]), hardware_words(machines[0])
-    if before != here:
-        said = f"This session runs on other hardware ({here}) than the first ({before}); it is recorded, and the report"
-        print(f"{said} says that times do not compare.", file=sys.stderr)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    here, now = hardware_words(machines[0]), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     session: dict[str, Any] = {"started": now, "commit": commit(), "command": command, "processes": len(machines)}
     session["hardware"] = machines[0]
     if others := {words: each for each in machines if (words := hardware_words(each)) != here}:
@@ -206,58 +188,46 @@ def record_session(
 def _opened(path: Path) -> Iterator[int]:
     """A descriptor that adds to a file, made where it is missing. A link is refused: it might lead anywhere."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
+    with told(path, "written", "Give another --out."):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, flags, 0o644)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(errno.EINVAL, "it is no ordinary file")
-    except OSError as error:
-        raise EvalError(f"{path} cannot be written: {error.strerror}. Give another --out.") from error
     try:
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _cut_torn_line(descriptor: int) -> bool:
+def _cut_torn_line(descriptor: int) -> None:
     """Cuts off a last line that is not whole: torn by the end of a process, or damaged by that of the machine."""
     size = os.fstat(descriptor).st_size
     tail = os.pread(descriptor, min(size, 1 << 24), max(0, size - (1 << 24)))
     last = tail[tail.removesuffix(b"\n").rfind(b"\n") + 1 :]
-    if last and _parsed_row(last) is None:
+    if last and _parsed(last, "method") is None:
         os.ftruncate(descriptor, size - len(last))
-        return True
-    if last and not last.endswith(b"\n"):
+    elif last and not last.endswith(b"\n"):
         os.write(descriptor, b"\n")
-    return False
 
 
 def _content(path: Path) -> bytes | None:
-    """What a file holds; None where there is none. Raises EvalError for what is no ordinary file of ordinary size."""
-    try:
+    """What a file holds; None where there is none. Raises EvalError for what is no ordinary file."""
+    with told(path, "read", "Remove it, or give another directory"):
         if not path.exists():
             return None
-        if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
-            raise OSError(errno.EINVAL, f"it is no ordinary file of at most {_LARGEST_FILE:,} bytes")
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "it is no ordinary file")
         return path.read_bytes()
-    except OSError as error:
-        raise EvalError(f"{path} cannot be read: {error.strerror}. Remove it, or give another directory") from error
 
 
-def _parsed(text: bytes) -> dict[str, Any] | None:
-    """The object that a text of JSON holds; None where it holds anything else."""
+def _parsed(text: bytes, *names: str) -> dict[str, Any] | None:
+    """The object that a text of JSON holds, with values of these names; None where it holds anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
-
-
-def _parsed_row(line: bytes) -> dict[str, Any] | None:
-    """The row that a line holds; None where it holds anything else."""
-    row = _parsed(line)
-    return row if row is not None and "method" in row else None
+    return value if isinstance(value, dict) and value.keys() >= {*names} else None
 
 
 # What a field may hold: whole numbers of a range, numbers between two, texts of a pattern, lists of something, objects.
@@ -294,11 +264,11 @@ def _problem(values: Mapping[str, Any], required: _Kinds) -> str | None:
         if name in values and not _fits(value, kind) and not (value is None and name in _MAY_BE_NULL):
             return f"{name} cannot be {type(value).__name__} {ascii(value)[:60]}"
     if "loss_sum" in required:
-        tokens, losses = values["tokens"], values.get("token_losses")
+        tokens, losses, loss = values["tokens"], values.get("token_losses"), values["loss_sum"] / values["tokens"]
         if losses is not None and len(losses) != tokens:
             return f"token_losses must be {tokens}, one for each of the tokens, got {len(losses)}"
-        if abs(values["loss_sum"] / tokens) > 700:  # its exponential must be a number
-            return f"loss_sum / tokens must be within 700, got {values['loss_sum'] / tokens:g}"
+        if abs(loss) > 700:  # its exponential must be a number
+            return f"loss_sum / tokens must be within 700, got {loss:g}"
     return None
 
 

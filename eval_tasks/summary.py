@@ -200,8 +200,7 @@ def needed_budgets(frame: pd.DataFrame, within: float) -> pd.DataFrame:
     named = pd.DataFrame([keys_of(name) for name in frame["method"]], columns=["base", "keys"], index=frame.index)
     swept, found = frame.join(named).dropna(subset=["keys"]), {}
     swept["over"] = swept["loss"] - swept["dense_loss"]
-    for task, method in dict.fromkeys(zip(swept["task"], swept["base"], strict=True)):
-        own = swept[(swept["task"] == task) & (swept["base"] == method)]
+    for (task, method), own in swept.groupby(["task", "base"], sort=False, observed=True):
         own = own[~own["length"].isin([n for n in set(own["length"]) if dense_fails(frame, task, n)])]
         tried = own.groupby("length")["keys"].agg(set)
         ended = [n for n, keys in tried.items() if keys >= set(own.loc[own["keys"] < n, "keys"])]

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from operator import attrgetter
@@ -28,6 +27,7 @@ from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.report import REPORT_FILES
 from eval_tasks.store import Cell, Row, append_row, check_out, check_same, claimed, read_rows, read_run, record_session
 from eval_tasks.synthetic import GENERATORS, SyntheticSample, chat, synthesize
+from eval_tasks.synthetic.sample import SHORTEST
 from eval_tasks.tasks import TASKS, Layout, Sample, TokenisedText, check_lengths, places, tokenise
 from eval_tasks.texts import Text, load_text
 from nc_patch.calibration.fingerprint import weights_fingerprint
@@ -150,11 +150,9 @@ def run_sweep(sweep: Sweep, directory: Path, command: str, processes: PartialSta
         if not processes.is_main_process:
             claim.enter_context(claimed(directory, is_first=False))
         gathered(processes, None)  # nothing is measured where one of them cannot
-        began, rank = time.monotonic(), processes.process_index
+        rank = processes.process_index
         _measure_all(sweep, model, source, todo[rank :: processes.num_processes], directory, rank)
         gathered(processes, None)  # the first one waits for all shares
-        if processes.is_main_process:
-            print(f"Measured in {tqdm.format_interval(time.monotonic() - began)}.", file=sys.stderr)
 
 
 def load_source(sweep: Sweep) -> Source:
@@ -177,8 +175,8 @@ def load_source(sweep: Sweep) -> Source:
     check_lengths(scored, sweep.layout, len(tokens.prefix))
     shortest = min(sweep.layout.lengths)
     for name in sweep.tasks:
-        if name in GENERATORS and shortest < (needed := GENERATORS[name].shortest):
-            raise EvalError(f"length {shortest} is too short for the task {name}, which needs {needed} tokens")
+        if name in GENERATORS and shortest < SHORTEST:
+            raise EvalError(f"length {shortest} is too short for the task {name}, which needs {SHORTEST} tokens")
     starts = places(tokens, sweep.layout) if scored else []
     return Source(text, tokens, tokenizer, starts)
 

@@ -88,11 +88,6 @@ class Task:
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, content: str) -> TokenisedText:
     """Tokenises a text, keeping the bytes that each token stands for, which fast tokenizers alone can tell."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise EvalError(
-            f"{type(tokenizer).__name__} is a slow tokenizer and cannot tell the bytes of its tokens; load the model "
-            "with a fast one (tokenizer.json)"
-        )
     encoded = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.asarray(encoded["input_ids"], dtype=np.int64)
     char_ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]

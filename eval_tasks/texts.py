@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
-from nc_patch.cli import INSTALL_EVAL
 
 PYTHON_REFERENCE = "python-reference"
-# Builders of `datasets` whose second field is a file instead of a configuration.
-FILE_BUILDERS = ("text", "json", "csv", "parquet")
-# Endings by which a second field is a file of the data set.
+# Endings by which a second field is a file of the data set instead of a configuration.
 _FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 # Not pg19 itself, which is a script: `datasets` runs none.
 _EXAMPLE = "emozilla/pg19-test:test"
@@ -38,8 +35,8 @@ def load_text(name: str) -> Text:
     """Loads a text; raises EvalError where there is none, it is empty, or it cannot be read.
 
     The name is ``"python-reference"``, the path of a UTF-8 file, or a data set as ``NAME[,CONFIG]:SPLIT[:COLUMN]``,
-    where CONFIG may be a file of the data set, or a local one where NAME is one of ``FILE_BUILDERS``. Documents are
-    joined by blank lines, from the first on, up to 8 million characters.
+    where CONFIG may be a file of the data set, or a local one where NAME is ``json``, ``csv`` or ``parquet``. Documents
+    are joined by blank lines, from the first on, up to 8 million characters.
     """
     if name == PYTHON_REFERENCE:
         content, origin = python_reference()
@@ -112,20 +109,14 @@ def _read_dataset(name: str) -> tuple[str, str]:
         raise EvalError(f"a data set is written NAME[,CONFIG]:SPLIT[:COLUMN], for example {_EXAMPLE}; got {name!r}")
     split, column = fields[0], (*fields, "text")[1]
     builder, _, config = source.partition(",")
-    arguments: dict[str, Any] = {"name": config} if config else {}
-    if builder in FILE_BUILDERS:
-        arguments = {"data_files": {split: str(Path(config).expanduser())}}
-        arguments |= {"sample_by": "document"} if builder == "text" else {}
-    elif Path(config).suffix in _FILES:
-        arguments = {"data_files": {split: config}}
+    is_file = Path(config).suffix in _FILES
+    arguments: dict[str, Any] = {"data_files": {split: config}} if is_file else {"name": config or None}
     try:
         from datasets import load_dataset
 
         content, count = _join_documents(load_dataset(builder, split=split, streaming=True, **arguments), name, column)
     except EvalError:
         raise
-    except ImportError as error:
-        raise EvalError(f"texts from data sets need the package datasets: {INSTALL_EVAL}") from error
     except Exception as error:  # `datasets` raises its own, its file systems' and its HTTP client's exceptions
         reason = str(error).split("\n")[0]
         raise EvalError(

@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, eager_weights, random_ids, tiny_model
 from tiny_sweep import tiny_files
 
 from eval_tasks.capture import receive
-from eval_tasks.fidelity_command import ROWS, fidelity
+from eval_tasks.fidelity_command import ROWS, configs_of, fidelity
 from eval_tasks.matching import Budgets
 from eval_tasks.models import attention_of
 from nc_patch import NCConfig
@@ -23,7 +23,9 @@ BUDGETS = Budgets(2.0, 0.5, 128)
 def test_figures_are_those_of_the_models_own_weights_in_float64(family, length):
     model, ids, config = tiny_model(family), random_ids(1, 192), NCConfig(2.0, 0.5, selection="topk", tail="drop")
     implementation = attention_of(model)
-    rows = [row for row in fidelity(model, ids, ["nc-topk"], BUDGETS, [128, 192]) if row["length"] == length]
+    rows = [
+        row for row in fidelity(model, ids, configs_of(["nc-topk"], BUDGETS, [128, 192])) if row["length"] == length
+    ]
     assert attention_of(model) == implementation
     by_layer = eager_weights(model, ids)
     for row, received in zip(rows, receive(model, ids, [0, 1, 2]), strict=True):
@@ -47,7 +49,8 @@ def test_figures_are_those_of_the_models_own_weights_in_float64(family, length):
 @pytest.mark.parametrize("method", ["window", "streaming", "log-topk", "block"])
 def test_a_larger_budget_keeps_more_and_errs_less(method):
     model, ids = tiny_model("llama"), random_ids(1, 192)
-    small, large = (list(fidelity(model, ids, [method], Budgets(alpha, 0.5, 192), [192])) for alpha in (2.0, 8.0))
+    both = (configs_of([method], Budgets(alpha, 0.5, 192), [192]) for alpha in (2.0, 8.0))
+    small, large = (list(fidelity(model, ids, configs)) for configs in both)
     assert len(small) == len(large) == 3
     for a, b in zip(small, large, strict=True):
         assert sum(b["kept_mass"]) > sum(a["kept_mass"])
@@ -57,7 +60,7 @@ def test_a_larger_budget_keeps_more_and_errs_less(method):
 
 def test_means_of_what_is_left_out_are_no_keys():
     model, ids = tiny_model("llama"), random_ids(1, 128)
-    mean, drop = fidelity(model, ids, ["nc-topk-mean", "nc-topk"], BUDGETS, [128], layers=[1])
+    mean, drop, *_ = fidelity(model, ids, configs_of(["nc-topk-mean", "nc-topk"], BUDGETS, [128]))
     assert mean["kept_mass"] == pytest.approx(drop["kept_mass"])
     assert mean["output_error"] != drop["output_error"]
 

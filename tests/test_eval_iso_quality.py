@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval_tasks.iso_quality import LAWS, bounded, iso_quality
+from eval_tasks.iso_quality import LAWS, iso_quality
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 BUDGETS = (8, 16, 32, 64, 128, 256, 512)
@@ -54,7 +54,6 @@ def test_lengths_where_the_budget_is_only_bounded_do_not_enter_the_law_which_tak
     assert list(needed["at_most"]) == [True, False, False, False, False]
     assert (needed["keys"][0], needed["keys"].isna().sum(), np.isnan(needed["keys"][4])) == (40, 1, True)
     assert list(needed["reached"]) == pytest.approx([1, 1, 1, 1, 0])
-    assert list(bounded(needed)) == [True, False, False, False, True]
     assert law["C"] == pytest.approx(0.5, abs=1e-6)
     _, law = needs(losses(root, lengths=(256, 512, 1024, 8192), budgets=(40, 128)))
     assert law[["alpha", "C", "C_low", "C_high", *LAWS]].isna().all()

@@ -13,10 +13,9 @@ from tiny_models import tiny_model
 from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
 
 from eval_tasks.errors import EvalError
-from eval_tasks.measure import QUESTION_TOKENS, SPARSE_IN, answer, measure
+from eval_tasks.measure import QUESTION_TOKENS, SPARSE_IN, Press, answer, find_press, measure
 from eval_tasks.methods import METHODS, Budgets
 from eval_tasks.models import load_model
-from eval_tasks.presses import Press, find_press
 from eval_tasks.store import read_rows, read_run
 from eval_tasks.synthetic import GENERATORS, synthesize
 from eval_tasks.synthetic.sample import tokens_of

@@ -105,19 +105,6 @@ def test_runs_of_the_same_settings_are_reported_together_and_others_are_refused_
     assert not (tmp_path / "none").exists()
 
 
-def test_loss_by_position_is_of_the_samples_that_a_method_shares_with_dense():
-    def measured(sample, method, over, length=512):
-        losses = [sample + place / 10 + over * place for place in range(10)]
-        return row("perplexity", length, sample, method, 2.0, token_losses=losses)
-
-    rows = [measured(sample, "dense", 0.0) for sample in range(3)] + [measured(2, "nc-topk", 0.5)]
-    [panel] = position_panels(measurements([*rows, measured(0, "dense", 0.0, 1024)]))
-    assert panel.title == "perplexity at 512 tokens"
-    sparse, dense = panel.lines
-    assert (sparse.label, list(sparse.y)) == ("α·n^C top-k", pytest.approx([0.5 * place for place in range(10)]))
-    assert (dense.label, dense.y) == ("dense", [0.0] * 10)
-
-
 def test_the_summary_is_the_mean_of_the_samples_and_pairs_them_with_those_of_dense():
     rows = [row("perplexity", 512, i, "dense", p) for i, p in enumerate((10.0, 20.0, 40.0))]
     rows += [row("perplexity", 512, i, "nc-topk", p) for i, p in enumerate((12.0, 22.0))]
@@ -273,3 +260,16 @@ def test_a_browser_shows_the_report_without_scrolling_sideways_and_in_readable_s
     assert set(re.findall(r"LOOKED [^<]*", shown.rpartition("</script>")[2])) == {
         f"LOOKED {w}: 0 true" for w in (1280, 1049, 390)
     }
+
+
+def test_loss_by_position_is_of_the_samples_that_a_method_shares_with_dense():
+    def measured(sample, method, over, length=512):
+        losses = [sample + place / 10 + over * place for place in range(10)]
+        return row("perplexity", length, sample, method, 2.0, token_losses=losses)
+
+    rows = [measured(sample, "dense", 0.0) for sample in range(3)] + [measured(2, "nc-topk", 0.5)]
+    [panel] = position_panels(measurements([*rows, measured(0, "dense", 0.0, 1024)]))
+    assert panel.title == "perplexity at 512 tokens"
+    sparse, dense = panel.lines
+    assert (sparse.label, list(sparse.y)) == ("α·n^C top-k", pytest.approx([0.5 * place for place in range(10)]))
+    assert (dense.label, dense.y) == ("dense", [0.0] * 10)

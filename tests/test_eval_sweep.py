@@ -18,7 +18,7 @@ from tiny_sweep import sweep_arguments, tiny_files, tiny_text
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from eval_tasks import measure as measuring
-from eval_tasks import peak, sweep
+from eval_tasks import sweep
 from eval_tasks.errors import EvalError
 from eval_tasks.methods import DEFAULT_METHODS
 from eval_tasks.store import Cell, read_rows, read_run
@@ -120,7 +120,7 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_as
         return forward(model, ids, keep, cache)
 
     monkeypatch.setattr(measuring, "forward", greedy)
-    monkeypatch.setattr(peak, "clear_device_cache", lambda **_: freed.append(held[-1]() is None))
+    monkeypatch.setattr(measuring, "clear_device_cache", lambda **_: freed.append(held[-1]() is None))
     assert main(arguments) == 0
     assert freed == [True, True]
     assert "recall with block at 96 tokens: memory ran out at 96 tokens" in capsys.readouterr().err

@@ -41,7 +41,6 @@ def test_files_and_data_sets_of_local_files_are_read_as_they_are(tmp_path):
     novel.write_text("Call me\nIshmael. é\n", encoding="utf-8")
     books.write_text('{"body": "first"}\n{"body": "second"}\n', encoding="utf-8")
     assert load_text(str(novel)).content == "Call me\nIshmael. é\n"
-    assert load_text(f"text,{novel}:train").content == "Call me\nIshmael. é"
     assert load_text(f"json,{books}:train:body").content == "first\n\nsecond"
 
 
@@ -51,12 +50,13 @@ def test_files_and_data_sets_of_local_files_are_read_as_they_are(tmp_path):
         ("no-such-text", None, "no text named 'no-such-text'"),
         ("{}/file", b" \n", "is empty"),
         ("{}/file", "é".encode("latin-1"), "not UTF-8"),
-        ("json,{}/file:train", b'{"body": "first"}\n', "no column 'text'; it has body"),
+        ("json,{}/file.json:train", b'{"body": "first"}\n', "no column 'text'; it has body"),
     ],
 )
 def test_missing_empty_and_unreadable_texts_are_refused(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / "file").write_bytes(content)
+        (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(EvalError, match=message):
         load_text(name.format(tmp_path))
 

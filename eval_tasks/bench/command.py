@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from eval_tasks.arguments import add_out, positive, spaced
-from eval_tasks.bench import report
 from eval_tasks.bench.inputs import GEOMETRIES
-from eval_tasks.bench.measure import FAILED, WRONG, Row, measure_all
+from eval_tasks.bench.measure import FAILED, OK, WRONG, Row, first_line, measure_all
 from eval_tasks.bench.operator import Settings
-from eval_tasks.bench.timing import first_line
 from eval_tasks.errors import EvalError
 from eval_tasks.models import DTYPES, pick_device
 from eval_tasks.provenance import commit, hardware, hardware_words, versions
@@ -42,6 +43,10 @@ _DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("prefill", "cpu"): _CPU | {"lengths": [1024, 2048, 4096, 8192], "repeats": 5},
     ("prefill", "cuda"): _GPU | {"lengths": [2**i for i in range(13, 21)], "repeats": 20},
 }
+_UNIT = "milliseconds a layer"
+_CASE = ["geometry", "batch", "length"]
+# Okabe and Ito's colours, which people with any colour vision tell apart.
+_COLOURS = {"fastest dense": "#000000", "topk": "#D55E00", "block": "#009E73", "window": "#CC79A7"}
 
 
 def run_bench(arguments: Sequence[str]) -> int:
@@ -101,7 +106,7 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path, pictu
     print(f"{machine}, {plain['dtype']}: {len(settings.cases())} cases")
 
     def write() -> None:
-        record.update(minutes=(time.monotonic() - started) / 60, exponents=report.exponents(rows))
+        record["minutes"] = (time.monotonic() - started) / 60
         write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
 
     try:
@@ -113,9 +118,9 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path, pictu
         record["stopped"] = first_line(error)
         problems.append(f"stopped: {record['stopped']}")
     write()
-    print(f"\n{law}\n{report.text(rows)}\n\nWritten: {file}")
+    print(f"\n{law}\n{text(rows)}\n\nWritten: {file}")
     if any("median_seconds" in row for row in rows):
-        report.draw(rows, f"{machine}, {law}", picture)
+        draw(rows, f"{machine}, {law}", picture)
         print(f"         {picture}")
     else:
         problems.append("nothing could be timed, see above")
@@ -160,3 +165,64 @@ def _add_options(of_phase: argparse.ArgumentParser, phase: str) -> None:
     add("--repeats", type=positive, metavar="R", help=both("repeats"))
     add("--seed", type=int, default=0)
     add("--minutes", type=float, default=math.inf, help="no case begins after that; by default no limit")
+
+
+def timed(rows: Sequence[Row]) -> pd.DataFrame:
+    """Sparse rows, and of each case the fastest dense one, with ``speed`` over that dense one.
+
+    ``line`` is the selection, or ``"fastest dense"``. Empty where nothing was timed.
+    """
+    found = pd.DataFrame([{"kept_mass": None, "backend": "-"} | row for row in rows if "median_seconds" in row])
+    if found.empty:
+        return found
+    dense = found[found.kind == "dense"]
+    dense = dense.loc[dense.groupby(_CASE).median_seconds.idxmin()]
+    shown = pd.concat([found[found.kind == "sparse"], dense]).sort_values(_CASE, kind="stable")
+    shown["line"] = shown.method.where(shown.kind == "sparse", "fastest dense")
+    shown = shown.join(dense.set_index(_CASE).median_seconds.rename("fastest"), on=_CASE)
+    return shown.assign(speed=shown.fastest / shown.median_seconds)
+
+
+def text(rows: Sequence[Row]) -> str:
+    """The times of all cases, and everything that did not run or is wrong."""
+    shown, lines = timed(rows), []
+    if not shown.empty:
+        columns = {
+            "model": shown.geometry,
+            "batch": shown.batch,
+            "keys": shown.length.map("{:,}".format),
+            "budget": shown.budget.map("{:,}".format),
+            "method": shown.method,
+            _UNIT: (1e3 * shown.median_seconds).map("{:,.3f}".format),
+            "over dense": shown.speed.map("{:.2f}x".format),
+            "kept mass": shown.kept_mass.astype(float).map("{:.3f}".format),
+            "backend": shown.backend,
+        }
+        table = pd.DataFrame(columns).replace(["nan", "nanx"], "-")
+        lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended)"]
+    if missing := list(dict.fromkeys(_problem(row) for row in rows if row["status"] != OK)):
+        lines += ["", "Not run, or wrong:", *missing]
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Writes the plot: time by length, sparse and the fastest dense, one panel per geometry and batch."""
+    panels = list(timed(rows).groupby(["geometry", "batch"], sort=False))
+    figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, ((geometry, batch), panel) in zip(axes, panels, strict=True):
+        for line, of in panel.groupby("line"):
+            axis.loglog(of.length, 1e3 * of.median_seconds, "o-", color=_COLOURS[line], label=line)
+        lengths = panel.length.unique()
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=45)
+        axis.set(title=f"{geometry}, batch {batch}", xlabel="keys", ylabel=_UNIT)
+        axis.grid()
+        axis.legend()
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def _problem(row: Row) -> str:
+    where = f"{row['geometry']}, batch {row['batch']}, {row['length']:,} keys"
+    return f"  {row['method']} ({where}): {row['status']}: {row['message']}"

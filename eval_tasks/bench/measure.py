@@ -5,15 +5,14 @@ Before anything is timed, some rows of the first sequence are compared with the 
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 
 from eval_tasks.bench.inputs import Inputs
-from eval_tasks.bench.operator import Case, Settings, dense_steps, make_sets, sparse_step
-from eval_tasks.bench.timing import Prepared, Step, first_line, interleave, prepare
+from eval_tasks.bench.operator import Case, Settings, Step, dense_steps, make_sets, sparse_step
 from nc_patch.config import NCConfig
 from nc_patch.functional import sparse_attention
 from nc_patch.ops.backends import choose_backend
@@ -26,8 +25,9 @@ OK, ABSENT, FAILED, WRONG, NO_MEMORY, NO_TIME = "ok", "absent", "error", "wrong"
 LEFT_OUT = "left out"  # was too slow at a shorter length to be of interest at a longer one
 # A method is left out of longer cases once a step took so many seconds, and so many times the fastest dense one's.
 _LONG_SECONDS, _TOO_SLOW = 0.25, 2.0
-# Repeats of a case go on for this long, and three in any case.
+# Repeats of a case go on for this long, and so many in any case.
 _CASE_SECONDS = 20.0
+_FEWEST_ROUNDS, _WARM_UPS = 3, 3
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 # Rounded statistics may exchange the lightest page that is chosen for the heaviest that is not.
 _BLOCK_TOLERANCE = 0.1
@@ -70,7 +70,7 @@ def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str
     compared = checked_rows(sets[0].query.shape[2], settings.options.get("query_block_size", Block.query_block_size))
     dense, right = dense_steps(sets), dict[str, AttentionResult]()
     rows: dict[str, Row] = {}
-    ready: dict[str, Prepared] = {}
+    ready: dict[str, Callable[[], object]] = {}
     for name in (*settings.selections, *dense):
         selection = "dense" if name in dense else name
         config = settings.config(selection)
@@ -86,12 +86,12 @@ def _measure_case(settings: Settings, case: Case, slow: dict[tuple[str, int, str
                 row |= {what: float(getattr(right[name], what).double().mean()) for what in ("attended", "kept_mass")}
                 row["backend"] = _backend(sets[0], config, phase)
             step = dense.get(name) or sparse_step(sets, config, phase)
-            check(row, _first_output(row, step, device), right[selection].output, compared)
-            prepared = prepare(step, len(sets), device, graph=phase == "decode")
-            row |= {"in_graph": prepared.replayed is not None, "message": prepared.reason}
-            if prepared.replayed is not None:
-                check(row, prepared.replayed, right[selection].output, compared, ", in a CUDA graph")
-            ready[name] = prepared
+            check(row, step(0), right[selection].output, compared)
+            launch, replayed = prepare(step, len(sets), device, graph=phase == "decode")
+            row["in_graph"] = replayed is not None
+            if replayed is not None:
+                check(row, replayed, right[selection].output, compared, ", in a CUDA graph")
+            ready[name] = launch
         except Exception as error:
             fail(row, error)
     taken = interleave(ready, settings.repeats, device, min(deadline, time.monotonic() + _CASE_SECONDS))
@@ -111,17 +111,6 @@ def fail(row: Row, error: Exception) -> None:
     short_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
     status = ABSENT if absent else NO_MEMORY if short_of_memory else FAILED
     row |= {"status": status, "message": first_line(error)}
-
-
-def _first_output(row: Row, step: Step, device: torch.device) -> torch.Tensor:
-    """The output for the first set of inputs; the row gets the memory that a step takes on a GPU."""
-    if device.type != "cuda":
-        return step(0)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    output = step(0)
-    row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-    return output
 
 
 def checked_rows(queries: int, query_block_size: int) -> torch.Tensor:
@@ -176,3 +165,75 @@ def _backend(inputs: Inputs, config: NCConfig, phase: str) -> str:
     implemented = selection.backends(phase if selection.index_kind else "prefill")
     backend, why = choose_backend(config.backend, inputs.key.device, head_dims=head_dims, implemented=implemented)
     return f"{backend}, since {why}" if why else backend
+
+
+def prepare(
+    step: Step, steps: int, device: torch.device, graph: bool
+) -> tuple[Callable[[], object], torch.Tensor | None]:
+    """What runs ``step(i)`` for i below ``steps``, in a row as layers come; on a GPU as one CUDA graph, if wanted.
+
+    Beside it what the graph returned for the first set, if there is one. Raises what the warm-up and the capture raise.
+    """
+
+    def all_steps() -> torch.Tensor:
+        first = step(0)
+        for i in range(1, steps):  # whose outputs are not kept: a long prompt's take gigabytes
+            step(i)
+        return first
+
+    if device.type != "cuda" or not graph:
+        all_steps()
+        return all_steps, None
+    side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UPS):
+            all_steps()
+    current.wait_stream(side)
+    torch.cuda.synchronize(device)
+    captured = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(captured):
+            replayed = all_steps()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
+    replayed.fill_(torch.nan)  # so that a replay which leaves something out shows
+    captured.replay()
+    torch.cuda.synchronize(device)
+    return captured.replay, replayed
+
+
+def seconds_of(launch: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one launch."""
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        launch()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    launch()
+    return time.perf_counter() - start
+
+
+def interleave(
+    launches: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, deadline: float = float("inf")
+) -> dict[str, list[float]]:
+    """Seconds of a launch of every method, in ``repeats`` rounds in which each has its turn.
+
+    After the deadline (``time.monotonic``) no round begins, but for the first three.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in launches}
+    for turn in range(repeats):
+        if turn >= _FEWEST_ROUNDS and time.monotonic() > deadline:
+            break
+        for name, launch in launches.items():
+            taken[name].append(seconds_of(launch, device))
+    return taken
+
+
+def first_line(error: BaseException) -> str:
+    """An error as one line: its type and the beginning of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:300]}" if said else type(error).__name__

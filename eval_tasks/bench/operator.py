@@ -7,7 +7,7 @@ it the repeating of keys. With one query per sequence that is ``rows``, where th
 of one head; for a prompt it is ``expanded``, over keys and values repeated beforehand, which is not timed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from eval_tasks.bench.inputs import GEOMETRIES, Inputs, make_inputs
-from eval_tasks.bench.timing import Step
 from nc_patch.config import NCConfig
 from nc_patch.functional import sparse_attention
 from nc_patch.selections.index import KeyIndex
@@ -32,6 +31,8 @@ _FLASH = {"flash": SDPBackend.FLASH_ATTENTION}
 _OF_GPUS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 # Up to so many keys PyTorch's plain implementation, which stores all scores of a prompt, is tried.
 _MATH_KEYS = 4096
+
+Step = Callable[[int], torch.Tensor]  # runs a method on the i-th set of inputs
 
 
 @dataclass(frozen=True)

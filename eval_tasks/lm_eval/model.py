@@ -39,7 +39,7 @@ class NCHFLM(HFLM):
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
-        nc_config: NCConfig | Mapping[str, Any] | str | None = None,
+        nc_config: str | None = None,
         profile: Profile | str | None = None,
         **arguments: Any,
     ) -> None:
@@ -101,10 +101,6 @@ class NCHFLM(HFLM):
         """
         store = cache_hook.dbdict
         if store is not None:
-            if not isinstance(store, SqliteDict):
-                raise RuntimeError(
-                    f"lm-eval's cache is a {type(store).__name__}, not a SqliteDict: leave out --use_cache"
-                )
             store.tablename = f"nc_hf {self._fingerprint()}"
             SqliteDict(store.filename, tablename=store.tablename).close()  # makes the table
         super().set_cache_hook(cache_hook)
@@ -144,16 +140,11 @@ def located(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**source.options, **arguments, "pretrained": source.location}
 
 
-def read_config(
-    options: Mapping[str, Any],
-    nc_config: NCConfig | Mapping[str, Any] | str | None = None,
-    profile: Profile | None = None,
-) -> NCConfig:
+def read_config(options: Mapping[str, Any], nc_config: str | None = None, profile: Profile | None = None) -> NCConfig:
     """The ``NCConfig`` that model arguments describe; raises EvalError, which says what to give, where they do not.
 
     ``options`` are by name, as ``--model_args`` gives them; ``dense_layers`` may be ``0+1+29``. In their place
-    ``nc_config`` is a JSON file that ``NCConfig.to_json`` wrote, a mapping, or an ``NCConfig``; in place of alpha and
-    C there may be a calibrated profile.
+    ``nc_config`` is a file that ``NCConfig.to_json`` wrote; in place of alpha and C there may be a calibrated profile.
     """
     dense = options.get("dense_layers", ())
     if isinstance(dense, int | str):
@@ -162,10 +153,6 @@ def read_config(
         if nc_config is not None:
             if options or profile is not None:
                 raise EvalError(f"nc_config holds every setting: leave out {', '.join(options) or 'profile'}")
-            if isinstance(nc_config, NCConfig):
-                return nc_config
-            if isinstance(nc_config, Mapping):
-                return NCConfig.from_dict(nc_config)
             return NCConfig.from_json(Path(nc_config).read_text(encoding="utf-8"))
         if profile is not None:
             return profile.config(**options)

@@ -49,12 +49,7 @@ def equal_at(keys: int, length: int) -> list[Law]:
 
 
 def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
-    """α·n^C for C = 0 (the fixed budget), 0.1 … 1, of the largest α whose mean budget is at most ``keys``.
-
-    Raises ValueError where that is below one key, or more than the shortest length.
-    """
-    if not 1 <= keys <= min(lengths):
-        raise ValueError(f"keys must be between 1 and the shortest length {min(lengths)}, got {keys}")
+    """α·n^C for C = 0 (the fixed budget), 0.1 … 1, of the largest α whose mean budget is at most ``keys``."""
     first, *growing = (Law(f"n^{step / 10:g}, mean {keys}", float(keys), step / 10) for step in range(11))
     return [first, *(law.largest(keys, lengths) for law in growing)]
 
@@ -62,16 +57,16 @@ def equal_in_mean(keys: int, lengths: Sequence[int]) -> list[Law]:
 def compare(laws: Sequence[Law], losses: pd.Series) -> list[dict[str, Any]]:
     """The mean loss of each law of ``equal_in_mean`` over all queries, and its difference from the first's.
 
-    ``losses`` has an index of law and n and, first, the document of a query and what else tells it from others. Losses
-    of a query are averaged over lengths; documents are resampled.
+    ``losses`` has an index of law and n, and of what else tells queries apart: first their document. All documents have
+    as many queries, and documents are resampled.
     """
-    queries = losses.unstack("law").groupby([name for name in losses.index.names if name not in ("law", "n")]).mean()
-    by_length, found = losses.groupby(["law", "n"]).mean(), []
+    document = next(name for name in losses.index.names if name not in ("law", "n"))
+    documents, by_length = (losses.groupby(["law", level]).mean() for level in (document, "n"))
+    found = []
     for law in laws:
-        documents = queries.index.get_level_values(0)
-        difference, low, high = paired_difference(queries[law.name], queries[laws[0].name], documents)
+        difference, low, high = paired_difference(documents[law.name], documents[laws[0].name])
         row = {"C": law.C, "alpha": law.alpha, "mean_budget": law.mean(list(by_length[law.name].index))}
-        row |= {"loss": float(queries[law.name].mean()), "difference": difference, "low": low, "high": high}
+        row |= {"loss": float(documents[law.name].mean()), "difference": difference, "low": low, "high": high}
         found.append(row | {"by_length": by_length[law.name].tolist()})
     return found
 

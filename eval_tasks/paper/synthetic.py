@@ -66,10 +66,11 @@ def draw(n: int, seed: int) -> Row:
     return Row(z, inputs + np.outer(z - inputs @ direction, direction), direction)  # of which z are the components
 
 
-def attend(row: Row, sigma: float, budgets: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Attends the k highest scores for each of K budgets in [0, n], and last all keys; k = 0 gives zero.
+def losses(row: Row, sigma: float, budgets: Sequence[int]) -> dict[str, np.ndarray]:
+    """What attention over the k highest scores loses, for each k of ``budgets``; k = 0 stands for answering zero.
 
-    Returns the mass kept ``[K + 1]``, the outputs ``[K + 1, CHANNELS]``, and all weights ``[n]``.
+    ``weight_error`` is the largest difference of an attention weight, ``relative_error.shared`` ‖o − o_dense‖ /
+    ‖o_dense‖ where keys and values share their inputs.
     """
     n = len(row.z)
     weights = np.exp(sigma * (row.z - row.z[0]))
@@ -77,26 +78,18 @@ def attend(row: Row, sigma: float, budgets: Sequence[int]) -> tuple[np.ndarray, 
     cuts = np.unique([0, *budgets, n])
     columns = np.column_stack((np.ones(n), row.inputs))
     by_span = [weights[begin:end] @ columns[begin:end] for begin, end in pairwise(cuts)]
-    sums = np.cumsum([np.zeros(1 + CHANNELS), *by_span], axis=0)[np.searchsorted(cuts, [*budgets, n])]
-    mass = sums[:, 0]
+    sums = np.cumsum([np.zeros(1 + CHANNELS), *by_span], axis=0)
+    kept, outputs = np.split(sums[np.searchsorted(cuts, budgets)], [1], axis=1)
+    dense = sums[-1, 1:] / sums[-1, 0]
     # Sums over no key are zero, and so is what they are divided to.
-    return mass, sums[:, 1:] / np.maximum(mass, np.finfo(np.float64).tiny)[:, None], weights
-
-
-def losses(row: Row, sigma: float, budgets: Sequence[int]) -> dict[str, np.ndarray]:
-    """What attention over the k highest scores loses, for each k of ``budgets``; k = 0 stands for answering zero.
-
-    ``weight_error`` is the largest difference of an attention weight, ``relative_error.shared`` ‖o − o_dense‖ /
-    ‖o_dense‖ where keys and values share their inputs.
-    """
-    mass, outputs, weights = attend(row, sigma, budgets)
-    kept, dense = mass[:-1], outputs[-1]
+    errors = outputs / np.maximum(kept, np.finfo(np.float64).tiny) - dense
+    kept = kept[:, 0]
     # The weights of keys that are kept grow by 1 / kept, those of the others become zero.
     raised = weights[0] * np.divide(1.0 - kept, kept, out=np.zeros_like(kept), where=kept > 0)
     return {
         "kept_mass": kept,
         "weight_error": np.maximum(raised, np.append(weights, 0.0)[np.asarray(budgets)]),
-        "relative_error.shared": np.linalg.norm(outputs[:-1] - dense, axis=-1) / np.linalg.norm(dense),
+        "relative_error.shared": np.linalg.norm(errors, axis=-1) / np.linalg.norm(dense),
     }
 
 

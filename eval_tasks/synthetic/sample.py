@@ -20,6 +20,7 @@ Count = Callable[[str], int]  # from a text to its number of tokens, those inclu
 TOLERANCE = 0.02  # share of the length that may stay empty
 _CLOSE_ENOUGH = 0.002  # share of the room at which the search ends early
 _PROBE = 32  # units of filler from which their size is first estimated
+SHORTEST = 512  # tokens
 DEPTHS = 40  # RULER puts needles at this many evenly spaced depths
 
 
@@ -65,7 +66,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Generator:
-    """One task whose samples are generated at any length, from ``shortest`` tokens on with tokenizers of usual size.
+    """One task whose samples are generated at any length, from ``SHORTEST`` tokens on with tokenizers of usual size.
 
     So many ``new_tokens`` are kept free for the answer, as in the original.
     """
@@ -74,11 +75,10 @@ class Generator:
     description: str
     recipe: Callable[[Request], Recipe]
     new_tokens: int
-    shortest: int = 512
 
     def answers(self, seed: int, index: int, text: str = PYTHON_REFERENCE) -> tuple[str, ...]:
         """The answers of a sample, which are the same at every length; no tokenizer is needed."""
-        return self.recipe(Request(self.shortest, seed, index, text, self.name)).answers
+        return self.recipe(Request(SHORTEST, seed, index, text, self.name)).answers
 
 
 @dataclass(frozen=True)
@@ -151,25 +151,15 @@ def synthesize(
 def chat(tokenizer: PreTrainedTokenizerBase) -> Render:
     """Renders a question as the user's turn of the tokenizer's chat template, and the opening as the assistant's.
 
-    Where the template takes no assistant's turn to be continued, the opening follows the words that begin one. Raises
-    EvalError where there is no template, or one that does not take a question.
+    Where the template takes no assistant's turn to be continued, the opening follows the words that begin one.
     """
-    if not tokenizer.chat_template:
-        raise EvalError("the tokenizer has no chat template: measure without one, or give a tokenizer that has one")
 
     def render(question: str, prefix: str) -> str:
         turns = [{"role": "user", "content": question}]
         opened = [*turns, {"role": "assistant", "content": prefix}]
         with contextlib.suppress(ValueError, TemplateError):
             return str(tokenizer.apply_chat_template(opened, tokenize=False, continue_final_message=True))
-        try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except (ValueError, TemplateError) as error:
-            raise EvalError(
-                f"the tokenizer's chat template does not take a user's question ({error}): measure without one, or "
-                "give a tokenizer whose template does"
-            ) from error
-        return f"{text}{prefix}"
+        return f"{tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)}{prefix}"
 
     return render
 

@@ -157,7 +157,7 @@ def test_settings_come_from_a_file_or_a_profile(tmp_path):
     config = NCConfig((1.0, 2.0), (0.5, 0.7), prefill="window", dense_layers=(1,))
     file, profile = tmp_path / "settings.json", made_up_profile().at_mass(0.9)
     file.write_text(config.to_json())
-    assert read_config({}, str(file)) == read_config({}, config.to_dict()) == read_config({}, config) == config
+    assert read_config({}, str(file)) == config
     options = {"tail": "drop", "selection": "topk", "dense_layers": (0, 1)}
     assert read_config(options, profile=profile) == profile.config(**options)
 
