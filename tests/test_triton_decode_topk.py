@@ -30,7 +30,7 @@ def decode_shape(**more: object) -> Shape:
 def part_of(scratch: Scratch, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A part of the memory that the kernels of a step hand on, as it is now."""
     begin = getattr(scratch, name)
-    return scratch.memory[begin : begin + math.prod(shape)].view(dtype).view(shape)
+    return scratch.floats[begin : begin + math.prod(shape)].view(dtype).view(shape)
 
 
 class Watched:

@@ -18,7 +18,7 @@ from nc_patch.ops.triton.ranks import (
 from nc_patch.ops.triton.rows import FAR
 from nc_patch.ops.triton.structs import PER_CALL
 from nc_patch.ops.triton.tail import PAGE
-from nc_patch.selections.topk.scan import integers, is_short, one_row, rivals_of
+from nc_patch.selections.topk.scan import one_row, rivals_of
 
 # Keys whose pages are counted at once.
 _COUNTED = tl.constexpr(1024)
@@ -49,11 +49,12 @@ def choose_kernel(
     """
     row = one_row(inputs, budget_heads, num_kv_heads, group, Lq, Lk)
     first, last, needed = rivals_of(row, sink_keys, recent_keys)
-    short = is_short(scratch, row, sink_keys, recent_keys)
-    count = tl.load(integers(scratch, scratch.reached) + row.row * 2 + short.to(tl.int32))
-    low = tl.where(short, RANK_NEGATIVE_INFINITY, rank_of(tl.load(scratch.memory + scratch.guess + row.row)))
-    scores = scratch.memory + scratch.reached_scores + row.row * splits * segment
-    positions = integers(scratch, scratch.reached_positions) + row.row * splits * segment
+    reached = scratch.integers + scratch.reached + row.row * 2
+    short = tl.load(reached) < needed
+    count = tl.load(reached + short.to(tl.int32))
+    low = tl.where(short, RANK_NEGATIVE_INFINITY, rank_of(tl.load(scratch.floats + scratch.guess + row.row)))
+    scores = scratch.floats + scratch.reached_scores + row.row * splits * segment
+    positions = scratch.integers + scratch.reached_positions + row.row * splits * segment
     rivals = Rivals(scores, positions, count, None, None)
     rivals = Rivals(scores, positions, count, ranks_at(rivals, 0, BLOCK_E), None)
     limit = tl.where(needed > 0, float("-inf"), float("inf"))
@@ -70,11 +71,11 @@ def choose_kernel(
             ties = Rivals(scores, positions, count, ranks_at(ties, 0, BLOCK_E), bracket.low)
             places = Bracket(-last + 1, -first + 1, bracket.count_low - bracket.count_high, count * 0)
             limit_end = -search(places, needed - bracket.count_high, count_rivals, ties).low + 1
-    tl.store(scratch.memory + scratch.threshold + row.row, limit)
-    tl.store(integers(scratch, scratch.ties_end) + row.row, limit_end)
+    tl.store(scratch.floats + scratch.threshold + row.row, limit)
+    tl.store(scratch.integers + scratch.ties_end + row.row, limit_end)
     if inputs.origin is not None:
         residue = tl.load(inputs.origin + row.batch * Lq + row.index) & (PAGE - 1)
-        counts = integers(scratch, scratch.page_counts) + row.row * slots
+        counts = scratch.integers + scratch.page_counts + row.row * slots
         for begin in range(0, count, _COUNTED):
             e = begin + tl.arange(0, _COUNTED)
             rank = ranks_at(rivals, begin, _COUNTED)

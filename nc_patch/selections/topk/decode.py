@@ -119,8 +119,7 @@ def _bound(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Prob
         "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq,
         "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
         "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "parts": plan.parts,
-        "slots": plan.slots, "settings": settings_of(problem), "mean_key": None,
-        "mean_value": None, "sinks": None,
+        "slots": plan.slots, "settings": settings_of(problem), "means": None, "sinks": None,
     }  # fmt: skip
     kernels = (
         (prepare_kernel, (blocks, plan.samplers + upkeep, 1), options["prepare"]),
@@ -143,7 +142,8 @@ def _decode_at_once(
     output, lse, bounds = query.new_empty(*rows, value.shape[-1]), None, None
     if problem.stats or problem.bounds:
         lse = torch.empty(rows, dtype=torch.float32, device=device)
-    scratch = Scratch(torch.empty(plan.offsets[-1], dtype=torch.float32, device=device), *plan.offsets[:-1])
+    memory = torch.empty(plan.offsets[-1], dtype=torch.float32, device=device)
+    scratch = Scratch(memory, memory.view(torch.int32), *plan.offsets[:-1])
     changing: dict[str, Any] = {
         "query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "value": Heads(value, *strides[2]),
         "codes": KeyCodes(*problem.key_index), "scratch": scratch, "output": output, "lse": lse, "Lk": key.shape[2],
@@ -152,11 +152,11 @@ def _decode_at_once(
     if problem.sinks is not None:
         changing["sinks"] = problem.sinks
     if means is not None:
-        changing |= {"mean_key": Heads(means.key, *strides[3]), "mean_value": Heads(means.value, *strides[4])}
+        changing["means"] = PageMeans(Heads(means.key, *strides[3]), Heads(means.value, *strides[4]))
     if output.numel():
         launches(device, changing)
     if problem.bounds:
-        masses = scratch.memory[scratch.masses :][: plan.rows * plan.splits * 12]
+        masses = memory[scratch.masses :][: plan.rows * plan.splits * 12]
         bounds = _kept_mass_bounds(masses.view(*rows, plan.splits, 3, 2, 2), visible)
     return AttentionResult(output, lse, kept_mass_bounds=bounds)
 

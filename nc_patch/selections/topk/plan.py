@@ -27,10 +27,10 @@ _LEAST_CHANNELS, _MATRIX_ROWS = 32, 16
 _PAGES = 32
 # Parts of the scratch memory begin at multiples of so many numbers.
 _ALIGNED = 32
-# Where each part begins in a ``memory`` of float32 or int32 numbers; see ``with_scratch``.
+# Where each part begins in a memory that is seen as float32 and as int32 numbers; see ``with_scratch``.
 Scratch = namedtuple(
     "Scratch",
-    "memory samples guess positions counts scores errors reached reached_positions reached_scores threshold ties_end "
+    "floats integers samples guess positions counts scores errors reached reached_positions reached_scores threshold ties_end "
     "page_counts arrivals peak total acc masses",
 )
 
@@ -137,7 +137,7 @@ def with_scratch(plan: Plan, problem: Problem) -> Plan:
         # The three ``Masses`` of each split of each row, see ``scan.store_masses``.
         "masses": 3 * 4 * splits * bounds,
     }
-    sizes = (-(-lengths[name] // _ALIGNED) * _ALIGNED for name in Scratch._fields[1:])
+    sizes = (-(-lengths[name] // _ALIGNED) * _ALIGNED for name in Scratch._fields[2:])
     return plan._replace(offsets=tuple(accumulate(sizes, initial=0)))
 
 
