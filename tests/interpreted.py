@@ -34,12 +34,9 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, splits: int = 2) -> None:
 
     def small(problem: Problem, keys: int, architecture: str) -> plan.Plan:
         made = plan.plan_for(problem, keys, architecture)
-        count, tile = min(made.splits, splits), 32
-        made = made._replace(
-            tile=tile, samples=64, samplers=1, held=128, splits=count, parts=count + made.parts - made.splits,
-            segment=plan.segment_of(keys, tile, count),
-        )  # fmt: skip
-        return plan.with_scratch(made, problem)
+        count = min(made.splits, splits)
+        parts = count + made.parts - made.splits
+        return made._replace(tile=32, samples=64, samplers=1, held=128, splits=count, parts=parts)
 
     monkeypatch.setattr(decode, "plan_for", small)
-    monkeypatch.setattr(decode, "_STEPS", {})
+    monkeypatch.setattr(launch, "_BOUND", {})

@@ -158,7 +158,9 @@ def collect(
     taken = tl.zeros([shape.BLOCK_M], dtype=tl.int32)
     for begin in tl.range(0, listed, shape.BLOCK_N, num_stages=2):
         at, position, inside = entries_at(rows, positions, begin, listed, splits, segment, shape)
-        score, error = exact_scores(queries, keys, position, begin + tl.arange(0, shape.BLOCK_N) < listed, shape, BOUNDS)
+        score, error = exact_scores(
+            queries, keys, position, begin + tl.arange(0, shape.BLOCK_N) < listed, shape, BOUNDS
+        )
         tl.store(scratch.floats + scratch.scores + at, score, mask=inside)
         if BOUNDS:
             tl.store(scratch.floats + scratch.errors + at, error, mask=inside)
