@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nc_patch.ops.problem import Problem
-from nc_patch.ops.triton import launch
+from nc_patch.ops.triton import decoding, launch
 from nc_patch.selections.block import decode as block_decode
 from nc_patch.selections.block import prefill
 from nc_patch.selections.topk import decode, plan
@@ -39,4 +39,4 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, splits: int = 2) -> None:
         return made._replace(tile=32, samples=64, samplers=1, held=128, splits=count, parts=parts)
 
     monkeypatch.setattr(decode, "plan_for", small)
-    monkeypatch.setattr(launch, "_BOUND", {})
+    monkeypatch.setattr(decoding, "_DECODERS", {})

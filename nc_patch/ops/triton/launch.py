@@ -1,11 +1,8 @@
 """From tensors to a kernel launch: what the kernels take, the tile sizes they use, and their outputs."""
 
 import contextlib
-from collections import namedtuple
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from itertools import accumulate
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -55,11 +52,6 @@ _HALF_WITH_TAIL = {
 _FEW_WITH_TAIL = {"sm_80": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2, 64), 256: Tiles(16, 32, 8, 2, 64)}}
 _FLOAT32_WITH_TAIL = {"sm_80": {256: Tiles(16, 16, 8, 1, 32)}}
 _FEW_ROWS = 16
-# Parts of a scratch memory begin at multiples of so many numbers.
-_ALIGNED = 32
-# What runs problems that are alike: those of all layers of a step of generation, and of many steps.
-_BOUND: dict[tuple[Any, ...], Callable[..., AttentionResult]] = {}
-_MOST_BOUND = 512
 
 
 def tiles_for(
@@ -180,131 +172,6 @@ def on_device(device: torch.device) -> Any:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)
-
-
-def stream_of(device: torch.device) -> int:
-    """The stream on which this thread launches on a device."""
-    if device.type != "cuda":
-        return 0
-    index = torch.cuda.current_device() if device.index is None else device.index
-    stream: int = torch._C._cuda_getCurrentRawStream(index)
-    return stream
-
-
-class Launches:
-    """Kernels that are launched one after another, for problems that are alike.
-
-    Triton looks at every argument the first time, which takes several times as long as the rest of a launch.
-
-    Args:
-        problem: one of those.
-        kernels: with the grid and the options of each.
-        arguments: by name, what several take: what is the same for all of the problems, and None for what may be None.
-        scratch: by name, how many 32-bit numbers each part of the memory holds in which kernels leave something for
-            those after them. They take it as ``scratch``: the memory as ``floats`` and as ``integers``, and where in
-            either each part begins.
-    """
-
-    def __init__(
-        self, problem: Problem, kernels: Sequence[tuple[Any, tuple[int, int, int], dict[str, Any]]],
-        arguments: dict[str, Any], scratch: dict[str, int],
-    ) -> None:  # fmt: skip
-        group, Lq, Hkv = problem.group, problem.query.shape[2], problem.value.shape[1]
-        shared = {"num_kv_heads": Hkv, "group": group, "Lq": Lq, "budget_heads": problem.budget.shape[1]}
-        self._kernels = kernels
-        self._arguments = {**shared, "settings": settings_of(problem), "sinks": None, **arguments}
-        self._strides = tuple(zip(*(tensor.stride()[:3] for tensor in problem[:3]), strict=True))
-        *self._begins, self.scratch_size = accumulate(
-            (-(-n // _ALIGNED) * _ALIGNED for n in scratch.values()), initial=0
-        )
-        self._scratch = _scratch_of(tuple(scratch))
-        # Of each kernel what launches it, its arguments in order, and where those are that change.
-        self._ready: list[tuple[Any, list[Any], list[tuple[int, str]]]] = []
-
-    def __call__(self, kept: dict[int, Any], problem: Problem, given: dict[str, Any]) -> Any:
-        """Launches the kernels for a problem, on its device's current stream; returns the scratch memory.
-
-        ``kept`` has that of each stream, for one problem after another. ``given`` are further arguments.
-        """
-        device = problem.query.device
-        with on_device(device):
-            stream = stream_of(device)
-            if stream not in kept:
-                memory = torch.empty(self.scratch_size, dtype=torch.float32, device=device)
-                kept[stream] = self._scratch(memory, memory.view(torch.int32), *self._begins)
-            query, key, value = map(Heads, problem[:3], *self._strides)
-            changing = {
-                **given, "query": query, "key": key, "value": value, "sinks": problem.sinks, "Lk": problem.key_length,
-                "scratch": kept[stream],
-            }  # fmt: skip
-            if problem.query.numel() and not self._ready:
-                self._launch_first(changing)
-            elif problem.query.numel():
-                for launch, arguments, places in self._ready:
-                    taken = arguments.copy()
-                    for place, name in places:
-                        taken[place] = changing[name]
-                    launch(*taken, stream=stream)
-        return kept[stream]
-
-    def _launch_first(self, changing: dict[str, Any]) -> None:
-        ready = []
-        for kernel, grid, options in self._kernels:
-            given, fixed = {**self._arguments, **changing}, {**self._arguments, **options}
-            compiled = kernel[grid](**{name: given[name] for name in kernel.arg_names if name in given}, **options)
-            if compiled is not None:  # as it is in the interpreter
-                places = [(at, name) for at, name in enumerate(kernel.arg_names) if name in changing]
-                ready.append((compiled[grid], [fixed.get(name) for name in kernel.arg_names], places))
-        if len(ready) == len(self._kernels):
-            self._ready = ready
-
-
-@lru_cache
-def _scratch_of(parts: tuple[str, ...]) -> Any:
-    """The named tuple of a scratch memory with these parts; one type for all, by which Triton knows a kernel."""
-    return namedtuple("Scratch", ("floats", "integers", *parts))
-
-
-def bound(
-    bind: Callable[..., Callable[[Problem], AttentionResult]], make: Callable[..., Callable[..., AttentionResult]],
-    problem: Problem, keys: int, most: int, *settings: Any,
-) -> Callable[[Problem], AttentionResult]:  # fmt: skip
-    """What runs problems like this one: one that was made before for those of such a layout, or a new one.
-
-    Args:
-        bind: takes a problem and the settings, and comes here; copies of tensors that kernels do not take go there.
-        make: takes the same, and returns what runs them, given scratch memory as ``Launches`` takes it and a problem.
-        keys, most: as ``layout_of`` takes them.
-    """
-    layout = (make, *settings, *layout_of(problem, keys, most))
-    run = _BOUND.get(layout)
-    if run is None:
-        if len(_BOUND) >= _MOST_BOUND:
-            _BOUND.clear()
-        ready = problem if problem.table is not None else prepared(problem)
-        same = all(mine is its for mine, its in zip(problem.tensors(), ready.tensors(), strict=True))
-        run = _BOUND[layout] = make(ready, *settings) if same else partial(_run_copies, bind, settings)
-    return partial(run, {})
-
-
-def _run_copies(
-    bind: Callable[..., Callable[[Problem], AttentionResult]], settings: tuple[Any, ...], _: Any, problem: Problem
-) -> AttentionResult:
-    given, problem = problem, prepared(problem)
-    # New keys are written to what is kept, not to copies.
-    assert not problem.new or all(mine is its for mine, its in zip(given.kept(), problem.kept(), strict=True))
-    return bind(problem, *settings)(problem)
-
-
-def layout_of(problem: Problem, keys: int, most: int) -> tuple[Any, ...]:
-    """What the launches of a decoding step follow from, taken as one over so many keys with so large a budget."""
-    query, key, value, *others = problem.tensors() + ([] if problem.table is None else [problem.table])
-    return (
-        *(keys, most, problem.scale, problem.softcap, *problem.flags(), problem.table is None),
-        *(architecture_of(query.device), key.shape[2:3] == value.shape[2:3]),
-        *((t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (key, value)),
-        *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (query, *others)),
-    )
 
 
 def heads_of(tensor: torch.Tensor, tiles: Tiles) -> Heads:

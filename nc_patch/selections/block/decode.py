@@ -19,12 +19,13 @@ import triton
 
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.triton import launch
-from nc_patch.ops.triton.launch import Launches, Tiles
+from nc_patch.ops.triton.decoding import Decoder, Launches, bound_decoder
+from nc_patch.ops.triton.launch import Tiles
 from nc_patch.ops.triton.split import padded_splits, share
-from nc_patch.ops.triton.structs import RowInputs, Table
+from nc_patch.ops.triton.structs import RowInputs, Table, heads
 from nc_patch.selections.block.decode_kernels import attend_pages_kernel, choose_pages_kernel, score_pages_kernel
-from nc_patch.selections.block.pages import check_pages, check_table
-from nc_patch.selections.block.summarize import heads_of_pages, page_shape_of, score_tiles
+from nc_patch.selections.block.pages import PageStatistics, check_pages, check_table
+from nc_patch.selections.block.summarize import page_shape_of, score_tiles
 
 # Counts of pages have 21 bits.
 MAX_PAGES = 2**21 - 1
@@ -45,11 +46,11 @@ def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]
     """
     length, most = problem.key.shape[2], -(-problem.most // problem.page_size)
     keys = length if problem.table is not None else -(-length // _KEYS)
-    return launch.bound(bound_block_decode, _decoder, problem, keys, most)
+    return bound_decoder(_decoder, problem, keys, most)
 
 
-def _decoder(problem: Problem) -> Callable[..., AttentionResult]:
-    """What decodes problems like this one, which it checks; see ``launch.bound``."""
+def _decoder(problem: Problem) -> Decoder:
+    """What decodes problems like this one, which it checks."""
     table, block_size, Lk = problem.table, problem.page_size, problem.key_length
     if table is None:
         codes, scales = problem.key_index
@@ -95,16 +96,18 @@ def _decoder(problem: Problem) -> Callable[..., AttentionResult]:
     joining = replace(attending, rows=min(attending.rows, triton.next_power_of_2(group)))
     architecture = launch.architecture_of(query.device)
 
-    def options(tiles: Tiles, splits: int, **more: Any) -> dict[str, Any]:
-        return {"splits": splits, **more, **launch.compile_options(tiles, architecture)}
+    def options(tiles: Tiles, **more: Any) -> dict[str, Any]:
+        return {**more, **launch.compile_options(tiles, architecture)}
 
-    score = options(scoring, score_splits, shape=launch.shape_of(D, D, scoring))
-    choose = options(choosing, score_splits + 1, BLOCK_P=at_once, BLOCK_S=padded_splits(score_splits + 1))
+    parts = score_splits + 1
+    score = options(scoring, splits=score_splits, shape=launch.shape_of(D, D, scoring))
+    of_pages = {"BLOCK_SIZE": block_size, "PAGES": keys_stored // block_size}
+    choose = options(choosing, splits=parts, BLOCK_P=at_once, BLOCK_S=padded_splits(parts), **of_pages)
     shapes = {"shape": launch.shape_of(D, DV, attending), "join_shape": launch.shape_of(D, DV, joining)}
     kernels = (
-        (score_pages_kernel, (numbers, score_splits + 1 + problem.new, blocks), score),
+        (score_pages_kernel, (numbers, parts + problem.new, blocks), score),
         (choose_pages_kernel, (numbers, 1, 1), choose),
-        (attend_pages_kernel, (numbers, splits, blocks), options(attending, splits, **shapes)),
+        (attend_pages_kernel, (numbers, splits, blocks), options(attending, **shapes)),
     )
     arguments = {
         "width": width, "page": page_shape_of(D, block_size, keys_stored), "stored_pages": stored_pages,
@@ -115,18 +118,18 @@ def _decoder(problem: Problem) -> Callable[..., AttentionResult]:
 
 def _decode(launches: Launches, kept: dict[int, Any], problem: Problem) -> AttentionResult:
     """Attention of a problem."""
-    query, value, table, lse, lse_keys = problem.query, problem.value, problem.table, None, None
-    rows = query.shape[:3]
-    output, attended = query.new_empty(*rows, value.shape[3]), problem.budget.new_empty(rows)
+    _, _, _, visible, origin, budget = problem[:6]
+    table, attended, lse, lse_keys = problem.table, budget.new_empty(launches.rows), None, None
     if problem.stats:
-        lse, lse_keys = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    given = {
-        "inputs": RowInputs(problem.visible, problem.budget, problem.origin if table is None else None),
-        "table": None if table is None else Table(table, table.stride(0)),
-        "statistics": heads_of_pages(problem.key_index), "output": output, "attended": attended,
-        "lse": lse, "lse_keys": lse_keys,
-    }  # fmt: skip
-    launches(kept, problem, given)
+        lse, lse_keys = (torch.empty_like(attended, dtype=torch.float32) for _ in range(2))
+    arguments: dict[str, Any] = {"attended": attended, "lse": lse, "lse_keys": lse_keys}
+    if table is None:
+        arguments["inputs"], arguments["table"] = RowInputs(visible, budget, origin), None
+        arguments["statistics"] = PageStatistics(*problem.key_index)
+    else:
+        arguments["inputs"], arguments["table"] = RowInputs(visible, budget), Table(table, table.stride(0))
+        arguments["statistics"] = PageStatistics(*map(heads, problem.key_index))  # type: ignore[arg-type]
+    output = launches(kept, problem, arguments)
     kept_mass = None if lse_keys is None else launch.kept_mass_of(problem, lse_keys)
     return AttentionResult(output, lse, kept_mass, attended)
 

@@ -15,7 +15,7 @@ from nc_patch.ops.triton.scores import dot, dot_scores, finite_or_zero, fold, lo
 from nc_patch.ops.triton.split import arrives_last, join_parts, store_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Rows, Softmax
 from nc_patch.selections.block.heaviest import Weights, find_cut, take
-from nc_patch.selections.block.summarize import power_of_two, summarize_page
+from nc_patch.selections.block.summarize import heads_of_pages, power_of_two, summarize_page
 
 # What is lost of a square, kept apart, is this much smaller: so that float16 can hold it.
 _LOW_PART = tl.constexpr(2048.0)
@@ -151,6 +151,8 @@ def score_pages_kernel(
     number = tl.program_id(0)
     split = tl.program_id(1)
     pages: tl.constexpr = page.KEYS // page.BLOCK_SIZE
+    if table is None:
+        statistics = heads_of_pages(statistics, stored_pages, page)
     if split <= splits:
         seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
         rows = group_rows(seen, group, shape)
@@ -161,8 +163,11 @@ def score_pages_kernel(
         total = tl.zeros([shape.BLOCK_M], dtype=tl.float32)
         own = tl.minimum(seen.pages, width) - 1
         if split < splits:
-            all_codes = begin_of(statistics.codes, seen.batch, seen.kv_head, pages)
-            all_scales = begin_of(statistics.scales, seen.batch, seen.kv_head, pages)
+            head = seen.kv_head
+            if table is None:
+                head += seen.batch * num_kv_heads
+            all_codes = head_of(statistics.codes, 0, head).data
+            all_scales = head_of(statistics.scales, 0, head).data
             share = (own + splits * shape.BLOCK_N - 1) // (splits * shape.BLOCK_N)
             stop = tl.minimum((split + 1) * share * shape.BLOCK_N, own)
             for tile in range(share):
@@ -210,21 +215,22 @@ def score_pages_kernel(
             completed = tl.maximum(end - 1 - begin, 0) // page.BLOCK_SIZE
             first = begin + completed * page.BLOCK_SIZE
             if (completed < stored_pages) & (first + page.BLOCK_SIZE <= tl.minimum(end, Lk)):
-                kv_head = (number % num_kv_heads).to(tl.int64)
-                summarize_page(key, statistics, batch, kv_head, completed, first, page)
+                keys = head_of(key, batch, (number % num_kv_heads).to(tl.int64))
+                summarize_page(keys, statistics, 0, number.to(tl.int64), completed, first, page)
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity", "blocks"])
 def choose_pages_kernel(
-    table, inputs, scratch, attended, budget_heads, num_kv_heads, group, Lq, Lk, width, splits, capacity, blocks, page,
-    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
+    table, inputs, scratch, attended, budget_heads, num_kv_heads, group, Lq, Lk, width, splits, capacity, blocks,
+    BLOCK_SIZE: tl.constexpr, PAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The pages that one query and the group attend, and how many keys these are, ``attended [B, Hq, Lq]``.
 
-    Each query head has ``splits`` parts of a softmax, padded ``BLOCK_S``. ``BLOCK_P`` pages are looked at together.
+    Each query head has ``splits`` parts of a softmax, padded ``BLOCK_S``. ``BLOCK_P`` pages are looked at together. A
+    block of memory has ``PAGES``, or 0.
     """
     number = tl.program_id(0)
-    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
+    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE)
     count = tl.minimum(seen.pages, width)
     data = scratch.floats + scratch.page_logits + number.to(tl.int64) * group * width
     weights = Weights(data, count - 1, tl.arange(0, BLOCK_P))
@@ -239,8 +245,8 @@ def choose_pages_kernel(
     tl.debug_barrier()
     always = tl.minimum(count, 2)
     # A budget of all keys has one page more, as intervals begin and end within pages.
-    more = tl.where(largest_budget >= seen.end - seen.start, page.BLOCK_SIZE, 0)
-    wanted = tl.maximum((tl.maximum(largest_budget, 0) + more + page.BLOCK_SIZE - 1) // page.BLOCK_SIZE, always)
+    more = tl.where(largest_budget >= seen.end - seen.start, BLOCK_SIZE, 0)
+    wanted = tl.maximum((tl.maximum(largest_budget, 0) + more + BLOCK_SIZE - 1) // BLOCK_SIZE, always)
     wanted = tl.minimum(tl.minimum(wanted, count), capacity)
     cut, spare = find_cut(weights, wanted - always)
     pages = scratch.integers + scratch.pages + number.to(tl.int64) * capacity
@@ -250,14 +256,14 @@ def choose_pages_kernel(
         at = first + weights.lanes
         place, taken, taken_before, ties_before = take(weights, count, at, cut, spare, taken_before, ties_before)
         stays = taken & (place < capacity)
-        found = place_of_page(table, seen.batch, seen.low + at, stays, page.KEYS // page.BLOCK_SIZE)
+        found = place_of_page(table, seen.batch, seen.low + at, stays, PAGES)
         tl.store(pages + place, found, mask=stays)
     for block in range(blocks):
         tl.store(scratch.integers + scratch.arrivals + number * blocks + block, 0)
     # The first and the last page may be seen in part; both are always chosen.
-    first_key = seen.begin + seen.low * page.BLOCK_SIZE
-    missing = (seen.start - first_key) + (first_key + count * page.BLOCK_SIZE - seen.end)
-    keys = tl.where(count > 0, wanted * page.BLOCK_SIZE - missing, 0)
+    first_key = seen.begin + seen.low * BLOCK_SIZE
+    missing = (seen.start - first_key) + (first_key + count * BLOCK_SIZE - seen.end)
+    keys = tl.where(count > 0, wanted * BLOCK_SIZE - missing, 0)
     row = (seen.batch * num_kv_heads + seen.kv_head) * group * Lq + seen.index
     tl.store(scratch.integers + scratch.count + number * 2, wanted)
     tl.store(scratch.integers + scratch.count + number * 2 + 1, row.to(tl.int32))
@@ -287,10 +293,10 @@ def sum_weights(weights, parts, group, width, splits, pages, BLOCK_S: tl.constex
         tl.store(weights.data + page, weight, mask=page < pages)
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
+@triton.jit(do_not_specialize=[*PER_CALL, "capacity"])
 def attend_pages_kernel(
-    query, key, value, inputs, scratch, attended, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk, splits,
-    capacity, settings, shape, join_shape, page,
+    query, key, value, inputs, scratch, attended, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk, capacity,
+    settings, shape, join_shape, page,
 ):  # fmt: skip
     """Part s of each row is of the s-th share of the chosen pages; the last program of a row joins its parts.
 
@@ -298,6 +304,7 @@ def attend_pages_kernel(
     """
     number = tl.program_id(0)
     split = tl.program_id(1)
+    splits = tl.num_programs(1)
     seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
     rows = group_rows(seen, group, shape)
     queries = load_queries(query, rows, shape)
@@ -334,9 +341,9 @@ def attend_pages_kernel(
         peak, total, weights, shrink = fold(logits, peak, total)
         acc = dot(weights.to(tile_values.dtype), tile_values, acc * shrink[:, None])
     member = tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
-    held = Rows(None, None, None, None, number.to(tl.int64) * group + member, member < group, None, None, None)
+    at = (number.to(tl.int64) * group + member) * splits + split
     parts = Softmax(scratch.floats + scratch.acc, scratch.floats + scratch.peak, scratch.floats + scratch.total)
-    store_part(parts, held, Softmax(acc, peak, total), held.row * splits + split, shape)
+    store_part(parts, member < group, Softmax(acc, peak, total), at, shape)
     arrivals = scratch.integers + scratch.arrivals + number * tl.num_programs(2) + tl.program_id(2)
     if arrives_last(arrivals, splits):
         member_of = tl.program_id(2) * join_shape.BLOCK_M + tl.arange(0, join_shape.BLOCK_M)
@@ -344,6 +351,6 @@ def attend_pages_kernel(
         row = tl.load(scratch.integers + scratch.count + number * 2 + 1) + member_of.to(tl.int64) * Lq
         head = (row // Lq) % (num_kv_heads * group)
         results = Rows(None, None, None, head, row, member_of < group, None, None, None)
-        joined = join_parts(parts, results, place * splits, 1, splits, join_shape)
+        joined = join_parts(parts, results.valid, place * splits, 1, splits, join_shape)
         counted = tl.load(attended + row, mask=results.valid, other=0)
         write_joined(joined, results, sinks, counted, output, lse, lse_keys, join_shape)

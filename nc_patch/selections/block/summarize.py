@@ -1,7 +1,6 @@
 """Upkeep of page statistics: the pages that new keys have completed are summarised, in place."""
 
 from collections import namedtuple
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -10,7 +9,7 @@ import triton.language as tl
 
 from nc_patch.ops.triton.launch import Tiles, architecture_of, compile_options, dense_last, on_device, padded_dim
 from nc_patch.ops.triton.rows import head_of
-from nc_patch.ops.triton.structs import constants, heads
+from nc_patch.ops.triton.structs import Heads, constants, heads
 from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics
 
 _LARGEST_CODE = tl.constexpr(LARGEST_CODE)
@@ -43,25 +42,21 @@ def score_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
     return Tiles(16, 32, 4, 1)
 
 
-def heads_of_pages(statistics: Sequence[torch.Tensor]) -> PageStatistics:
-    """The tensors of ``PageStatistics``, the vectors of a page side by side, as kernels take them."""
-    return PageStatistics(*map(heads, statistics))  # type: ignore[arg-type]
-
-
 def triton_summarize_pages_(
     key: torch.Tensor, origin: torch.Tensor, first: torch.Tensor, count: int, end: torch.Tensor,
     statistics: PageStatistics, block_size: int,
 ) -> None:  # fmt: skip
     """``pages.update_pages_`` in one launch. Keys of a page that do not fit into registers are read several times."""
-    B, Hkv, N, D = key.shape
+    (B, Hkv, N, D), pages = key.shape, statistics.codes.shape[2]
+    assert all(tensor.is_contiguous() for tensor in statistics)
     touched = (count + block_size - 2) // block_size + 1 if count > 0 else 0
     if touched == 0 or B * Hkv * D == 0:
         return
     with on_device(key.device):
         summarize_kernel[(touched, B * Hkv)](
             key=heads(dense_last(key)), origin=origin.contiguous(), first=first.contiguous(), end=end.contiguous(),
-            statistics=heads_of_pages(statistics), num_kv_heads=Hkv, N=N, stored_pages=statistics.codes.shape[2],
-            count=count, page=page_shape_of(D, block_size),
+            statistics=statistics, num_kv_heads=Hkv, N=N, stored_pages=pages, count=count,
+            page=page_shape_of(D, block_size),
             **compile_options(score_tiles(key.dtype, D), architecture_of(key.device)),
         )  # fmt: skip
 
@@ -69,8 +64,8 @@ def triton_summarize_pages_(
 @triton.jit(do_not_specialize=["num_kv_heads", "N", "stored_pages", "count"])
 def summarize_kernel(key, origin, first, end, statistics, num_kv_heads, N, stored_pages, count, page):
     """The statistics of one page of those that have changed."""
-    batch = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
+    sequence = tl.program_id(1).to(tl.int64)
+    batch = sequence // num_kv_heads
     begin = tl.load(origin + batch).to(tl.int64)
     changed = tl.load(first + batch).to(tl.int64)
     stop = tl.minimum(tl.load(end + batch).to(tl.int64), N)
@@ -78,7 +73,8 @@ def summarize_kernel(key, origin, first, end, statistics, num_kv_heads, N, store
     number = tl.maximum(changed - begin, 0) // page.BLOCK_SIZE + tl.program_id(0)
     first = begin + number * page.BLOCK_SIZE
     if (first < changed + count) & (number < stored_pages) & (first + page.BLOCK_SIZE <= stop):
-        summarize_page(key, statistics, batch, kv_head, number, first, page)
+        keys = head_of(key, batch, sequence % num_kv_heads)
+        summarize_page(keys, heads_of_pages(statistics, stored_pages, page), 0, sequence, number, first, page)
 
 
 def triton_summarize_slots_(
@@ -88,8 +84,8 @@ def triton_summarize_slots_(
     Hkv, N, D = key.shape[1:]
     with on_device(key.device):
         summarize_slots_kernel[(len(slots), Hkv)](
-            key=heads(key), statistics=heads_of_pages(statistics), slots=slots.contiguous(),
-            page=page_shape_of(D, block_size, N),
+            key=heads(key), statistics=PageStatistics(*map(heads, statistics)),  # type: ignore[arg-type]
+            slots=slots.contiguous(), page=page_shape_of(D, block_size, N),
             **compile_options(score_tiles(key.dtype, D), architecture_of(key.device)),
         )  # fmt: skip
 
@@ -99,24 +95,32 @@ def summarize_slots_kernel(key, statistics, slots, page):
     """The statistics of the page that the key in a slot completes, of one head."""
     slot = tl.load(slots + tl.program_id(0))
     if (slot >= 0) & (slot % page.BLOCK_SIZE == page.BLOCK_SIZE - 1):
+        block, head = slot // page.KEYS, tl.program_id(1).to(tl.int64)
         number = slot % page.KEYS // page.BLOCK_SIZE
-        head = tl.program_id(1).to(tl.int64)
-        summarize_page(key, statistics, slot // page.KEYS, head, number, number * page.BLOCK_SIZE, page)
+        first = number * page.BLOCK_SIZE
+        summarize_page(head_of(key, block, head), statistics, block, head, number, first, page)
 
 
 @triton.jit
-def summarize_page(key, statistics, batch, kv_head, number, first, page):
-    """Stores the statistics of a head's whole page of this number, whose first key is at ``first``.
+def heads_of_pages(statistics, stored_pages, page):
+    """The contiguous statistics of so many pages of each head as ``Heads``, as if all sequences were one."""
+    rows = tl.cast(stored_pages, tl.int64) * _VECTORS
+    codes = Heads(statistics.codes, 0, rows * page.D, _VECTORS * page.D)
+    return PageStatistics(codes, Heads(statistics.scales, 0, rows, _VECTORS))  # type: ignore[arg-type]
 
-    ``batch`` is its sequence or, where keys lie in such, its block of memory. In passes over its channels: range,
-    distances, ranges of the vectors, codes.
+
+@triton.jit
+def summarize_page(keys, statistics, batch, head, number, first, page):
+    """Stores the statistics of the whole page of ``keys``, of one head, whose first key is at ``first``.
+
+    It has this number of those of a head, or in a block of memory, in ``Heads`` of statistics. In passes over its
+    channels: range, distances, ranges of the vectors, codes.
     """
     D: tl.constexpr = page.D
     k = tl.arange(0, page.BLOCK_K)
     exists = (k < page.BLOCK_SIZE) & (first + k >= 0)
     there = tl.maximum(tl.sum(exists.to(tl.float32), axis=0), 1.0)
     others = tl.maximum(there - 1.0, 1.0)
-    keys = head_of(key, batch, kv_head)
     rows = keys.data + (first + k) * keys.stride
     largest = tl.zeros([page.BLOCK_K], dtype=tl.float32)
     broken = tl.zeros([page.BLOCK_K], dtype=tl.int32)
@@ -151,7 +155,7 @@ def summarize_page(key, statistics, batch, kv_head, number, first, page):
     far_step = far_step / _LARGEST_CODE
     mean_step = mean_step / _LARGEST_CODE
     variance_step = variance_step / _LARGEST_CODE
-    codes = head_of(statistics.codes, batch, kv_head)
+    codes = head_of(statistics.codes, batch, head)
     codes = codes.data + number * codes.stride
     for channel in range(0, D, page.CHANNELS):
         d = channel + tl.arange(0, page.CHANNELS)
@@ -160,7 +164,7 @@ def summarize_page(key, statistics, batch, kv_head, number, first, page):
         tl.store(codes + d, encode(apart, far_step), mask=d < D)
         tl.store(codes + D + d, encode(mean, mean_step), mask=d < D)
         tl.store(codes + 2 * D + d, encode(variance, variance_step), mask=d < D)
-    scales = head_of(statistics.scales, batch, kv_head)
+    scales = head_of(statistics.scales, batch, head)
     scales = scales.data + number * scales.stride
     tl.store(scales, tl.where(sound, far_step * unit, float("nan")))
     tl.store(scales + 1, tl.where(sound, mean_step * unit, float("nan")))

@@ -26,13 +26,14 @@ import torch
 
 from nc_patch.ops.means import PageMeans, slot_count, touched_slots
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem
-from nc_patch.ops.triton import launch
+from nc_patch.ops.triton.decoding import Decoder, Launches, bound_decoder
+from nc_patch.ops.triton.launch import architecture_of
 from nc_patch.ops.triton.structs import RowInputs, heads
 from nc_patch.selections.topk.choose import choose_kernel
 from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import key_shape
 from nc_patch.selections.topk.gather import gather_kernel
-from nc_patch.selections.topk.plan import Plan, options_of, plan_for, scratch_of
+from nc_patch.selections.topk.plan import options_of, plan_for, scratch_of
 from nc_patch.selections.topk.prepare import guess_kernel, prepare_kernel
 from nc_patch.selections.topk.scan import scan_kernel
 
@@ -56,8 +57,7 @@ def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Cal
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
-    layout = _planned_keys(problem), problem.most
-    return launch.bound(bound_topk_decode, _decoder, problem, *layout, sink_keys, recent_keys)
+    return bound_decoder(_decoder, problem, _planned_keys(problem), problem.most, sink_keys, recent_keys)
 
 
 def _decode_halves(sink_keys: int, recent_keys: int, _: Any, problem: Problem) -> AttentionResult:
@@ -87,15 +87,15 @@ def _planned_keys(problem: Problem) -> int:
     return more if fits else Lk
 
 
-def _decoder(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[..., AttentionResult]:
-    """What decodes problems like this one; see ``launch.bound``."""
+def _decoder(problem: Problem, sink_keys: int, recent_keys: int) -> Decoder:
+    """What decodes problems like this one, of which no tensor is copied."""
     assert problem.query.shape[2] <= MAX_DECODE_QUERIES
     assert problem.key_index[0].shape[2] >= problem.key.shape[2]
-    architecture = launch.architecture_of(problem.query.device)
+    architecture = architecture_of(problem.query.device)
     plan = plan_for(problem, _planned_keys(problem), architecture)
     options, blocks, splits = options_of(plan, problem, architecture), plan.blocks, plan.splits
     touched = touched_slots(problem.new, plan.slots)
-    upkeep = -(-problem.new // key_shape(problem.query.shape[3]).BLOCK_N) + touched
+    upkeep = -(-problem.new // key_shape(*problem.head_dims).BLOCK_N.value) + touched
     kernels = (
         (prepare_kernel, (blocks, plan.samplers + upkeep, 1), options["prepare"]),
         (guess_kernel, (plan.rows, 1, 1), options["guess"]),
@@ -108,27 +108,29 @@ def _decoder(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[...
         "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "parts": plan.parts,
         "slots": plan.slots,
     }  # fmt: skip
-    launches = launch.Launches(problem, kernels, arguments, scratch_of(plan, problem))
+    launches = Launches(problem, kernels, arguments, scratch_of(plan, problem))
     if problem.visible[..., 0].numel() > 1 and 4 * launches.scratch_size > SCRATCH_BYTES:
         return partial(_decode_halves, sink_keys, recent_keys)
-    return partial(_decode_at_once, plan, launches)
+    return partial(_decode_at_once, launches, splits)
 
 
-def _decode_at_once(plan: Plan, launches: launch.Launches, kept: dict[int, Any], problem: Problem) -> AttentionResult:
+def _decode_at_once(launches: Launches, splits: int, kept: dict[int, Any], problem: Problem) -> AttentionResult:
     """Decodes a problem all at once."""
-    query, _, value, visible, origin, budget, *_ = problem
-    means, rows = problem.means, query.shape[:3]
-    output, lse, bounds = query.new_empty(*rows, value.shape[-1]), None, None
+    query, _, _, visible, origin, budget = problem[:6]
+    means, lse, bounds = problem.means, None, None
     if problem.stats or problem.bounds:
-        lse = query.new_empty(rows, dtype=torch.float32)
-    given = {
-        "codes": KeyCodes(*problem.key_index), "inputs": RowInputs(visible, budget, None if means is None else origin),
-        "means": None if means is None else PageMeans(*map(heads, means)), "output": output, "lse": lse,
-    }  # fmt: skip
-    scratch = launches(kept, problem, given)
+        lse = query.new_empty(launches.rows, dtype=torch.float32)
+    arguments: dict[str, Any] = {"codes": KeyCodes(*problem.key_index), "lse": lse}
+    if means is None:
+        arguments["means"], arguments["inputs"] = None, RowInputs(visible, budget)
+    else:
+        arguments["means"] = PageMeans(*map(heads, means))  # type: ignore[arg-type]
+        arguments["inputs"] = RowInputs(visible, budget, origin)
+    output = launches(kept, problem, arguments)
     if problem.bounds:
-        masses = scratch.floats[scratch.masses :][: plan.rows * plan.splits * 12]
-        bounds = _kept_mass_bounds(masses.view(*rows, plan.splits, 3, 2, 2), visible)
+        scratch = arguments["scratch"]
+        masses = scratch.floats[scratch.masses :][: math.prod(launches.rows) * splits * 12]
+        bounds = _kept_mass_bounds(masses.view(*launches.rows, splits, 3, 2, 2), visible)
     return AttentionResult(output, lse, kept_mass_bounds=bounds)
 
 

@@ -12,7 +12,7 @@ from nc_patch.ops.triton.scores import accumulate_run, dot, empty_softmax, fold,
 from nc_patch.ops.triton.split import MOST_ARRIVALS, finish_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Limits, Softmax
 from nc_patch.ops.triton.tail import PAGE, pages_of_rows
-from nc_patch.selections.topk.scan import add_masses, entries_at, no_masses, store_masses
+from nc_patch.selections.topk.scan import add_masses, entries_at, entries_of, no_masses, store_masses
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "parts", "slots"])
@@ -51,16 +51,16 @@ def gather_kernel(
 @triton.jit
 def gather_entries(softmax, values, rows, selected, scratch, splits, segment, settings, shape, BOUNDS: tl.constexpr):
     """The ``Softmax`` of one split's entries; with ``BOUNDS`` their ``Masses`` are stored."""
-    own = tl.program_id(0).to(tl.int64) * splits + tl.program_id(1)
-    positions = scratch.integers + scratch.positions + own * segment
-    listed = tl.load(scratch.integers + scratch.counts + own)
+    positions, count, first = entries_of(scratch, splits, segment)
+    stop = first + tl.load(count)
     dv = tl.arange(0, shape.BLOCK_DV)
     kept = no_masses(shape.BLOCK_M)
     others = kept
-    for begin in range(0, listed, shape.BLOCK_N):
-        at, position, here = entries_at(rows, positions, begin, listed, splits, segment, shape)
-        score = tl.load(scratch.floats + scratch.scores + at, mask=here, other=0.0)
-        chosen = here & attended_keys(score, position, selected)
+    for begin in range(first, stop, shape.BLOCK_N):
+        at, position, here = entries_at(rows, positions, begin, stop, splits * segment, shape)
+        inside = rows.valid[:, None] & here[None, :]
+        score = tl.load(scratch.floats + scratch.scores + at, mask=inside, other=0.0)
+        chosen = inside & attended_keys(score, position, selected)
         read = tl.max(chosen.to(tl.int32), axis=0) > 0
         places = values.data + position.to(tl.int64)[:, None] * values.stride + dv[None, :]
         tile_values = tl.load(places, mask=read[:, None] & (dv < shape.DV)[None, :], other=0.0)
@@ -68,10 +68,10 @@ def gather_entries(softmax, values, rows, selected, scratch, splits, segment, se
         peak, total, weights, shrink = fold(logits, softmax.peak, softmax.total)
         softmax = Softmax(dot(weights.to(tile_values.dtype), tile_values, softmax.acc * shrink[:, None]), peak, total)
         if BOUNDS:
-            error = tl.load(scratch.floats + scratch.errors + at, mask=here, other=0.0)
+            error = tl.load(scratch.floats + scratch.errors + at, mask=inside, other=0.0)
             seen = (position[None, :] >= rows.start[:, None]) & (position[None, :] < rows.end[:, None])
             kept = add_masses(kept, score, error, chosen, settings)
-            others = add_masses(others, score, error, here & seen & ~chosen, settings)
+            others = add_masses(others, score, error, inside & seen & ~chosen, settings)
     if BOUNDS:
         store_masses(scratch, rows, splits, 1, kept)
         store_masses(scratch, rows, splits, 2, others)

@@ -10,8 +10,8 @@ from nc_patch.ops.means import slot_count
 from nc_patch.ops.problem import Problem
 from nc_patch.ops.triton.launch import Tiles, compile_options, padded_dim, shape_of
 from nc_patch.ops.triton.split import MAX_SPLITS, MOST_ARRIVALS, share
-from nc_patch.ops.triton.structs import constants
-from nc_patch.selections.topk.encode import CodeShape, key_shape
+from nc_patch.ops.triton.structs import Shape, constants
+from nc_patch.selections.topk.encode import key_shape
 
 # Keys that a guess is taken from: fewer up to so many keys, and more beyond, where a closer guess saves more keys.
 _SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
@@ -129,9 +129,7 @@ def options_of(plan: Plan, problem: Problem, architecture: str) -> dict[str, dic
     (D, DV), bounds, slim = problem.head_dims, problem.bounds, _is_slim(problem)
     amd, largest, is_float32 = architecture.startswith("gfx"), max(D, DV), problem.query.dtype == torch.float32
     channels = max(_LEAST_CHANNELS, padded_dim(D))
-    codes = constants(
-        CodeShape(D, plan.block_rows, plan.tile, channels, 2 if amd or (bounds and plan.block_rows > 8) else 3)
-    )
+    codes = constants(Shape(D, DV, plan.block_rows, plan.tile, channels, padded_dim(DV), channels))
     # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
     chunk = 32 if is_float32 else None
     scored = Tiles(_MATRIX_ROWS, max(16, min(32, 4096 // padded_dim(D))), 4, 2, chunk)
@@ -142,21 +140,19 @@ def options_of(plan: Plan, problem: Problem, architecture: str) -> dict[str, dic
     stages = 2 if amd else 3 if many else 4 if is_float32 else 5
     gathered = Tiles(_MATRIX_ROWS, _PAGES if many else 16, warps, stages, chunk)
 
-    def of_tiles(tiles: Tiles) -> dict[str, Any]:
-        return {**compile_options(tiles, architecture), "shape": shape_of(D, DV, tiles)}
-
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     # So many programs fit a multiprocessor as the plan counts on, and otherwise all registers are named.
     third = {} if amd else {"maxnreg": 168 if slim else 255}
     choosers = 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4
     return {
-        "prepare": {**plain, "shape": codes, "new_keys": constants(key_shape(D)), "SAMPLES": plan.samples,
-                    "SAMPLERS": plan.samplers, "DV": DV, "BLOCK_DV": padded_dim(DV)},
+        "prepare": {**plain, "shape": codes, "new_keys": key_shape(D, DV), "SAMPLES": plan.samples,
+                    "SAMPLERS": plan.samplers},
         "guess": {**plain, "num_warps": 16 if plan.samples > 4096 else 8, "SAMPLES": plan.samples},
         "scan": {**plain, "num_warps": 8 if largest > 128 and not amd else 4, **third, "shape": codes,
-                 "scored": shape_of(D, DV, scored), "BOUNDS": bounds},
+                 "scored": shape_of(D, DV, scored), "BOUNDS": bounds,
+                 "STAGES": 2 if amd or (bounds and plan.block_rows > 8) else 3},
         "choose": {**plain, **({} if amd else {"maxnreg": min(255, 2048 // choosers)}), "num_warps": choosers,
                    "BLOCK_E": plan.held},
-        "gather": {**of_tiles(gathered), **third, "BOUNDS": bounds,
-                   "join_shape": shape_of(D, DV, replace(gathered, rows=plan.block_rows))},
+        "gather": {**compile_options(gathered, architecture), **third, "shape": shape_of(D, DV, gathered),
+                   "BOUNDS": bounds, "join_shape": shape_of(D, DV, replace(gathered, rows=plan.block_rows))},
     }  # fmt: skip

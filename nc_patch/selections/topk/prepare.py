@@ -25,8 +25,7 @@ _DEVIATIONS = tl.constexpr(5.0)
 @triton.jit(do_not_specialize=[*PER_CALL, "length", "slots", "new", "touched"])
 def prepare_kernel(
     query, key, value, codes, means, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys,
-    length, slots, new, touched, shape, new_keys, SAMPLES: tl.constexpr, SAMPLERS: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    length, slots, new, touched, shape, new_keys, SAMPLES: tl.constexpr, SAMPLERS: tl.constexpr,
 ):  # fmt: skip
     """Approximate scores, ``samples``, of keys drawn from even shares of the rivals of a block of rows.
 
@@ -84,7 +83,7 @@ def prepare_kernel(
             )  # fmt: skip
             average_rows(
                 head_of(value, rows.batch, rows.kv_head), head_of(means.value, rows.batch, rows.kv_head), start, slot,
-                slot >= 0, 0, Lk, DV, PAGE, BLOCK_DV,
+                slot >= 0, 0, Lk, shape.DV, PAGE, new_keys.BLOCK_DV,
             )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class Masses(NamedTuple):
 @triton.jit(do_not_specialize=[*PER_CALL, "length", "splits", "segment", "again"])
 def scan_kernel(
     query, key, codes, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, length,
-    splits, segment, again, settings, shape, scored, BOUNDS: tl.constexpr,
+    splits, segment, again, settings, shape, scored, STAGES: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """Lists, of every ``splits``-th tile of keys, those that may reach the ``guess`` of any row or are forced for one.
 
@@ -73,16 +73,18 @@ def scan_kernel(
     its rivals that reach its guess. Where fewer do than it needs, the guess was too high: launched ``again``, the rows
     of such a block list every key they see, and those that were short collect all their rivals. With ``BOUNDS`` also
     the masses of the keys that are not listed. ``scored`` is the shape of the tiles of exact scores.
+    ``STAGES`` tiles of codes are on their way at once.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
     sought = rivals_sought(scratch, rows, again, sink_keys, recent_keys)
     if (again == 0) | (tl.max(sought.last - sought.first, axis=0) > 0):
-        own = tl.program_id(0).to(tl.int64) * splits + tl.program_id(1)
-        positions = scratch.integers + scratch.positions + own * segment
-        head_codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
-        coded = coded_rows(query, rows, head_codes, shape)
-        listed, unlisted = list_keys(coded, head_codes, rows, sought, positions, splits, settings, shape, BOUNDS)
-        tl.store(scratch.integers + scratch.counts + own, listed)
+        positions, count, first = entries_of(scratch, splits, segment)
+        of_head = codes_of_head(codes, rows, num_kv_heads, length, shape)
+        coded = coded_rows(query, rows, of_head, shape)
+        listed, unlisted = list_keys(
+            coded, of_head, rows, sought, positions + first, splits, settings, shape, STAGES, BOUNDS
+        )
+        tl.store(count, listed)
         if BOUNDS:
             store_masses(scratch, rows, splits, 0, unlisted)
         # What other threads have stored is read back.
@@ -91,7 +93,8 @@ def scan_kernel(
         tile_sought = rivals_sought(scratch, tile_rows, again, sink_keys, recent_keys)
         keys = head_of(key, tile_rows.batch, tile_rows.kv_head)
         collect(
-            query, keys, tile_rows, tile_sought, positions, listed, scratch, splits, segment, again, scored, BOUNDS
+            query, keys, tile_rows, tile_sought, positions, first, first + listed, scratch, splits * segment, again,
+            scored, BOUNDS,
         )  # fmt: skip
 
 
@@ -111,7 +114,9 @@ def rivals_sought(scratch, rows, again, sink_keys, recent_keys):
 
 
 @triton.jit
-def list_keys(coded, codes, rows, sought, positions, splits, settings, shape, BOUNDS: tl.constexpr):
+def list_keys(
+    coded, codes, rows, sought, positions, splits, settings, shape, STAGES: tl.constexpr, BOUNDS: tl.constexpr
+):  # fmt: skip
     """Lists the keys of a program that any of its rows may seek, or sees and does not choose by score.
 
     Returns how many they are and, with ``BOUNDS``, the ``Masses`` of the others.
@@ -121,7 +126,7 @@ def list_keys(coded, codes, rows, sought, positions, splits, settings, shape, BO
     listed = 0
     unlisted = no_masses(shape.BLOCK_M)
     for tile in tl.range(
-        lowest // shape.BLOCK_N + tl.program_id(1), tl.cdiv(highest, shape.BLOCK_N), splits, num_stages=shape.STAGES
+        lowest // shape.BLOCK_N + tl.program_id(1), tl.cdiv(highest, shape.BLOCK_N), splits, num_stages=STAGES
     ):
         begin = tl.cast(tile, tl.int64) * shape.BLOCK_N
         columns = tile * shape.BLOCK_N + n
@@ -147,20 +152,19 @@ def list_keys(coded, codes, rows, sought, positions, splits, settings, shape, BO
 
 @triton.jit
 def collect(
-    query, keys, rows, sought, positions, listed, scratch, splits, segment, again, shape, BOUNDS: tl.constexpr
+    query, keys, rows, sought, positions, first, stop, scratch, stride, again, shape, BOUNDS: tl.constexpr
 ):  # fmt: skip
-    """Scores the keys that are listed exactly, and adds those that a row seeks to its collection.
+    """Scores the keys of the entries ``first:stop`` exactly, and adds those that a row seeks to its collection.
 
     Places in a collection are given out to a program at once, after it has counted. Their order is no matter: it is a
     set. With ``BOUNDS`` what scores may be off by is stored, too.
     """
     queries = load_queries(query, rows, shape)
     taken = tl.zeros([shape.BLOCK_M], dtype=tl.int32)
-    for begin in tl.range(0, listed, shape.BLOCK_N, num_stages=2):
-        at, position, inside = entries_at(rows, positions, begin, listed, splits, segment, shape)
-        score, error = exact_scores(
-            queries, keys, position, begin + tl.arange(0, shape.BLOCK_N) < listed, shape, BOUNDS
-        )
+    for begin in tl.range(first, stop, shape.BLOCK_N, num_stages=2):
+        at, position, here = entries_at(rows, positions, begin, stop, stride, shape)
+        inside = rows.valid[:, None] & here[None, :]
+        score, error = exact_scores(queries, keys, position, here, shape, BOUNDS)
         tl.store(scratch.floats + scratch.scores + at, score, mask=inside)
         if BOUNDS:
             tl.store(scratch.floats + scratch.errors + at, error, mask=inside)
@@ -169,11 +173,12 @@ def collect(
     taken = tl.atomic_add(counts, taken, mask=rows.valid & (taken > 0), sem="relaxed")
     # What other threads have stored is read back.
     tl.debug_barrier()
-    for begin in range(0, listed, shape.BLOCK_N):
-        at, position, inside = entries_at(rows, positions, begin, listed, splits, segment, shape)
+    for begin in range(first, stop, shape.BLOCK_N):
+        at, position, here = entries_at(rows, positions, begin, stop, stride, shape)
+        inside = rows.valid[:, None] & here[None, :]
         score = tl.load(scratch.floats + scratch.scores + at, mask=inside, other=0.0)
         ones = are_sought(score, position, inside, sought)
-        place = (rows.row * splits * segment + taken)[:, None] + tl.cumsum(ones, axis=1) - ones
+        place = (rows.row * stride + taken)[:, None] + tl.cumsum(ones, axis=1) - ones
         where = scratch.integers + scratch.reached_positions + place
         tl.store(where, tl.broadcast_to(position[None, :], place.shape), mask=ones > 0)
         tl.store(scratch.floats + scratch.reached_scores + place, score, mask=ones > 0)
@@ -181,15 +186,18 @@ def collect(
 
 
 @triton.jit
-def entries_at(rows, positions, begin, listed, splits, segment, shape):
-    """Of the ``BLOCK_N`` entries from the program's ``begin``-th on: places by row, positions, and whether they exist.
+def entries_of(scratch, splits, segment):
+    """Pointers to the positions of a block's entries and to how many a program has; the first entry that it has."""
+    block = tl.program_id(0).to(tl.int64) * splits
+    positions = scratch.integers + scratch.positions + block * segment
+    return positions, scratch.integers + scratch.counts + block + tl.program_id(1), tl.program_id(1) * segment
 
-    ``positions`` points to the program's segment of its block's list, which has ``listed``.
-    """
+
+@triton.jit
+def entries_at(rows, positions, begin, stop, stride, shape):
+    """Of ``BLOCK_N`` entries: places by row, which has ``stride``; positions; whether they come before ``stop``."""
     e = begin + tl.arange(0, shape.BLOCK_N)
-    at = ((rows.row * splits + tl.program_id(1)) * segment)[:, None] + e[None, :]
-    position = tl.load(positions + e, mask=e < listed, other=0)
-    return at, position, rows.valid[:, None] & (e < listed)[None, :]
+    return rows.row[:, None] * stride + e[None, :], tl.load(positions + e, mask=e < stop, other=0), e < stop
 
 
 @triton.jit
