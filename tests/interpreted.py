@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nc_patch.ops.problem import Problem
-from nc_patch.ops.triton import launch
+from nc_patch.ops.triton import decoding, launch
 from nc_patch.selections.block import decode as block_decode
 from nc_patch.selections.block import prefill
 from nc_patch.selections.topk import decode, plan
@@ -34,12 +34,9 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, splits: int = 2) -> None:
 
     def small(problem: Problem, keys: int, architecture: str) -> plan.Plan:
         made = plan.plan_for(problem, keys, architecture)
-        count, tile = min(made.splits, splits), 32
-        made = made._replace(
-            tile=tile, samples=64, samplers=1, held=128, splits=count, parts=count + made.parts - made.splits,
-            segment=plan.segment_of(keys, tile, count),
-        )  # fmt: skip
-        return plan.with_scratch(made, problem)
+        count = min(made.splits, splits)
+        parts = count + made.parts - made.splits
+        return made._replace(tile=32, samples=64, samplers=1, held=128, splits=count, parts=parts)
 
     monkeypatch.setattr(decode, "plan_for", small)
-    monkeypatch.setattr(decode, "_STEPS", {})
+    monkeypatch.setattr(decoding, "_DECODERS", {})

@@ -27,6 +27,7 @@ from nc_patch.functional import by_index  # noqa: E402
 from nc_patch.ops.backends import READS_HOST  # noqa: E402
 from nc_patch.ops.means import PageMeans  # noqa: E402
 from nc_patch.ops.problem import Problem  # noqa: E402
+from nc_patch.ops.triton import decoding  # noqa: E402
 from nc_patch.paged import PagedKeys, PagedRows, paged_block_attention, summarize_slots_  # noqa: E402
 from nc_patch.selections import Block, Dense, Selection, TopK, Window, index  # noqa: E402
 from nc_patch.selections.block.pages import VECTORS, PageStatistics  # noqa: E402
@@ -120,9 +121,9 @@ def test_no_grid_is_larger_than_cuda_allows(head_dim, launched):
 def test_decoding_holds_no_more_memory_than_allowed(sequences, queries, tail, bounds, launched, monkeypatch):
     # Llama-3-8B at 131,072 tokens, where several queries of several sequences would take gigabytes.
     held, decode = [], triton_decode_topk._decode_at_once
-    decoding = lambda plan, *rest: held.append(4 * plan.offsets[-1]) or decode(plan, *rest)  # noqa: E731
+    watched = lambda launches, *rest: held.append(4 * launches.scratch_size) or decode(launches, *rest)  # noqa: E731
     problem = of_rows(queries, 128, sequences, 8, 131_072)._replace(query=meta(sequences, 32, queries, 128))
-    monkeypatch.setattr(triton_decode_topk, "_decode_at_once", decoding)
+    monkeypatch.setattr(triton_decode_topk, "_decode_at_once", watched)
     kinds = ("codes", "means") if tail else ("codes",)
     run(TopK(4, 4, "mean" if tail else "drop"), problem, *kinds, most=4_705, bounds=bounds)
     assert 0 < max(held) <= triton_decode_topk.SCRATCH_BYTES
@@ -163,7 +164,7 @@ def test_a_step_is_a_few_launches_at_none_of_which_triton_looks_again(way, kerne
             return lambda *arguments, stream=0: launched.append((self.name, len(arguments) - self.arguments))
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda kernel, *args, **options: Compiled(kernel))
-    monkeypatch.setattr(triton_decode_topk, "_STEPS", {})
+    monkeypatch.setattr(decoding, "_DECODERS", {})
     case = Shape("step", (), torch.bfloat16, kv_heads=2, queries=1, keys=3200, budget=64).case()
     interval = torch.tensor([[[0, 1100, 0]]], dtype=torch.int32)  # as the mask function makes visible and origin
     names = [f"{name}_kernel" for name in kernels]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from test_attention import FP32_BF16  # noqa: E402
 from nc_patch.budget import budget_of  # noqa: E402
 from nc_patch.ops.means import PageMeans  # noqa: E402
 from nc_patch.ops.problem import Problem  # noqa: E402
+from nc_patch.ops.triton import decoding  # noqa: E402
 from nc_patch.ops.triton.split import GROUP, MAX_SPLITS, MOST_ARRIVALS  # noqa: E402
 from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
 from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
 from nc_patch.selections.topk.encode import triton_encode_keys_  # noqa: E402
-from nc_patch.selections.topk.plan import Scratch, plan_for  # noqa: E402
+from nc_patch.selections.topk.plan import plan_for  # noqa: E402
 
 
 def decode_shape(**more: object) -> Shape:
@@ -27,10 +29,10 @@ def decode_shape(**more: object) -> Shape:
     return Shape("codes", ("codes",), **{"queries": 1, "keys": 130, "group": 3, "recent_keys": 2} | more)
 
 
-def part_of(scratch: Scratch, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def part_of(scratch: Any, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A part of the memory that the kernels of a step hand on, as it is now."""
     begin = getattr(scratch, name)
-    return scratch.memory[begin : begin + math.prod(shape)].view(dtype).view(shape)
+    return scratch.floats[begin : begin + math.prod(shape)].view(dtype).view(shape)
 
 
 class Watched:
@@ -57,7 +59,7 @@ def scanned_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(int(part_of(scratch, "reached", rows, 2, dtype=torch.int32)[:, 1].count_nonzero()))
 
     # Not what is remembered: kernels are known by their identity there.
-    monkeypatch.setattr(triton_decode_topk, "_STEPS", {})
+    monkeypatch.setattr(decoding, "_DECODERS", {})
     monkeypatch.setattr(triton_decode_topk, "gather_kernel", Watched(triton_decode_topk.gather_kernel, look))
     return seen
 
@@ -97,7 +99,7 @@ def test_queries_that_go_one_after_another_give_what_they_give_together(device, 
     monkeypatch.setattr(triton_decode_topk, "_decode_at_once", counting)
     together = check("codes", case, "triton", bounds=True)
     monkeypatch.setattr(triton_decode_topk, "SCRATCH_BYTES", 1)
-    monkeypatch.setattr(triton_decode_topk, "_STEPS", {})
+    monkeypatch.setattr(decoding, "_DECODERS", {})
     apart = check("codes", case, "triton", bounds=True)
     torch.testing.assert_close(apart.output, together.output, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(apart.lse, together.lse, atol=1e-6, rtol=1e-6)

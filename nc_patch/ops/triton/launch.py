@@ -1,7 +1,6 @@
 """From tensors to a kernel launch: what the kernels take, the tile sizes they use, and their outputs."""
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -173,65 +172,6 @@ def on_device(device: torch.device) -> Any:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)
-
-
-def stream_of(device: torch.device) -> int:
-    """The stream on which this thread launches on a device."""
-    if device.type != "cuda":
-        return 0
-    index = torch.cuda.current_device() if device.index is None else device.index
-    stream: int = torch._C._cuda_getCurrentRawStream(index)
-    return stream
-
-
-class Launches:
-    """Kernels that are launched one after another, for problems that are alike: what changes is given by name.
-
-    ``kernels`` come with the grid and the options of each; ``arguments`` are what several take, and does not change.
-    Triton looks at every argument the first time, which takes several times as long as the rest of a launch.
-    """
-
-    def __init__(
-        self, kernels: Sequence[tuple[Any, tuple[int, int, int], dict[str, Any]]], arguments: dict[str, Any]
-    ) -> None:
-        self._kernels, self._arguments = kernels, arguments
-        # Of each kernel what launches it, its arguments in order, and where those are that change.
-        self._ready: list[tuple[Any, list[Any], list[tuple[int, str]]]] = []
-
-    def __call__(self, device: torch.device, changing: dict[str, Any], stream: int | None = None) -> None:
-        """Launches the kernels on a device, on its current ``stream``, with those of the arguments that each takes."""
-        with on_device(device):
-            if not self._ready:
-                self._launch_first(changing)
-                return
-            stream = stream_of(device) if stream is None else stream
-            for launch, arguments, places in self._ready:
-                taken = arguments.copy()
-                for place, name in places:
-                    taken[place] = changing[name]
-                launch(*taken, stream=stream)
-
-    def _launch_first(self, changing: dict[str, Any]) -> None:
-        ready = []
-        for kernel, grid, options in self._kernels:
-            given, fixed = {**self._arguments, **changing}, {**self._arguments, **options}
-            compiled = kernel[grid](**{name: given[name] for name in kernel.arg_names if name in given}, **options)
-            if compiled is not None:  # as it is in the interpreter
-                places = [(at, name) for at, name in enumerate(kernel.arg_names) if name in changing]
-                ready.append((compiled[grid], [fixed.get(name) for name in kernel.arg_names], places))
-        if len(ready) == len(self._kernels):
-            self._ready = ready
-
-
-def layout_of(problem: Problem, keys: int, most: int) -> tuple[Any, ...]:
-    """What the launches of a decoding step follow from, taken as one over so many keys with so large a budget."""
-    query, key, value, *others = problem.tensors() + ([] if problem.table is None else [problem.table])
-    return (
-        *(keys, most, problem.scale, problem.softcap, *problem.flags(), problem.table is None),
-        *(architecture_of(query.device), key.shape[2:3] == value.shape[2:3]),
-        *((t.shape[:2], t.shape[3:], t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (key, value)),
-        *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (query, *others)),
-    )
 
 
 def heads_of(tensor: torch.Tensor, tiles: Tiles) -> Heads:

@@ -52,18 +52,18 @@ def arrives_last(arrivals, programs):
 
 
 @triton.jit
-def store_part(parts, rows, softmax, at, shape):
-    """Stores a ``Softmax`` at the places ``at`` of each row's parts, which ``parts`` (pointers) hold."""
+def store_part(parts, valid, softmax, at, shape):
+    """Stores the ``Softmax`` of ``valid`` rows at the places ``at`` of their parts, which ``parts`` (pointers) hold."""
     dv = tl.arange(0, shape.BLOCK_DV)
-    inside = rows.valid[:, None] & (dv[None, :] < shape.DV)
+    inside = valid[:, None] & (dv[None, :] < shape.DV)
     tl.store(parts.acc + at[:, None] * shape.DV + dv[None, :], softmax.acc, mask=inside)
-    tl.store(parts.peak + at, softmax.peak, mask=rows.valid)
-    tl.store(parts.total + at, softmax.total, mask=rows.valid)
+    tl.store(parts.peak + at, softmax.peak, mask=valid)
+    tl.store(parts.total + at, softmax.total, mask=valid)
 
 
 @triton.jit
-def join_parts(parts, rows, first, step, count, shape):
-    """The ``Softmax`` of ``count`` parts of each row, ``step`` apart from the places ``first`` on."""
+def join_parts(parts, valid, first, step, count, shape):
+    """The ``Softmax`` of ``count`` parts of each ``valid`` row, ``step`` apart from the places ``first`` on."""
     dv = tl.arange(0, shape.BLOCK_DV)
     softmax = empty_softmax(shape)
     # With few rows there are registers for more parts at once, and not to wait for whether one is used.
@@ -71,10 +71,10 @@ def join_parts(parts, rows, first, step, count, shape):
     UNROLLED: tl.constexpr = 8 if FEW else 2
     for part in tl.range(0, count, loop_unroll_factor=UNROLLED):
         at = first + part * step
-        peak = tl.load(parts.peak + at, mask=rows.valid, other=float("-inf"))
-        total = tl.load(parts.total + at, mask=rows.valid, other=0.0)
+        peak = tl.load(parts.peak + at, mask=valid, other=float("-inf"))
+        total = tl.load(parts.total + at, mask=valid, other=0.0)
         used = (peak != float("-inf")) | (total != 0.0)
-        inside = (rows.valid if FEW else used)[:, None] & (dv < shape.DV)[None, :]
+        inside = (valid if FEW else used)[:, None] & (dv < shape.DV)[None, :]
         acc = tl.load(parts.acc + at[:, None] * shape.DV + dv[None, :], mask=inside, other=0.0)
         higher = tl.maximum(softmax.peak, peak)
         base = finite_or_zero(higher)
@@ -98,21 +98,21 @@ def finish_part(parts, rows, softmax, part, count, arrivals, shape, join_rows, j
     ``join_shape``, which may have room for fewer. ``arrivals`` points to ``MOST_ARRIVALS`` int32, zero before the
     launch.
     """
-    store_part(parts, rows, softmax, rows.row * count + part, shape)
+    store_part(parts, rows.valid, softmax, rows.row * count + part, shape)
     group = part // GROUP
     first = join_rows.row * count + group * GROUP
     members = tl.minimum(count - group * GROUP, GROUP)
     last = False
     joined = empty_softmax(join_shape)
     if arrives_last(arrivals + 1 + group, members):
-        joined = join_parts(parts, join_rows, first, 1, members, join_shape)
+        joined = join_parts(parts, join_rows.valid, first, 1, members, join_shape)
         groups = tl.cdiv(count, GROUP)
         # Every thread has read the part that is stored over.
         tl.debug_barrier()
-        store_part(parts, join_rows, joined, first, join_shape)
+        store_part(parts, join_rows.valid, joined, first, join_shape)
         last = arrives_last(arrivals, groups)
         if last:
-            joined = join_parts(parts, join_rows, join_rows.row * count, GROUP, groups, join_shape)
+            joined = join_parts(parts, join_rows.valid, join_rows.row * count, GROUP, groups, join_shape)
     return last, joined
 
 

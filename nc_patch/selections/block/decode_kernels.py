@@ -15,7 +15,7 @@ from nc_patch.ops.triton.scores import dot, dot_scores, finite_or_zero, fold, lo
 from nc_patch.ops.triton.split import arrives_last, join_parts, store_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Rows, Softmax
 from nc_patch.selections.block.heaviest import Weights, find_cut, take
-from nc_patch.selections.block.summarize import power_of_two, summarize_page
+from nc_patch.selections.block.summarize import heads_of_pages, power_of_two, summarize_page
 
 # What is lost of a square, kept apart, is this much smaller: so that float16 can hold it.
 _LOW_PART = tl.constexpr(2048.0)
@@ -48,15 +48,17 @@ def load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def page_in_memory(table, batch, number, there, PAGES: tl.constexpr):
-    """Which page of the memory a sequence's page is, counted block after block of ``PAGES``."""
-    block = tl.load(table.data + batch * table.stride + number // PAGES, mask=there, other=0)
-    return block * PAGES + number % PAGES
+def place_of_page(table, batch, number, there, PAGES: tl.constexpr):
+    """A page of a sequence, counted in the sequence or, with a ``Table``, in the memory, in blocks of ``PAGES``."""
+    if table is not None:
+        block = tl.load(table.data + batch * table.stride + number // PAGES, mask=there, other=0)
+        number = block * PAGES + number % PAGES
+    return number
 
 
 @triton.jit
 def offsets_of(tensor, place, CELLS: tl.constexpr):
-    """Offsets of keys, or of pages, from where those of a head begin: of a sequence, or of blocks of ``CELLS``."""
+    """Offsets of keys, or of pages, from ``begin_of`` their head: of a sequence, or of blocks of ``CELLS``."""
     if CELLS == 0:
         offsets = place.to(tl.int64) * tensor.stride_l
     else:
@@ -65,7 +67,7 @@ def offsets_of(tensor, place, CELLS: tl.constexpr):
 
 
 @triton.jit
-def memory_of(tensor, batch, head, CELLS: tl.constexpr):
+def begin_of(tensor, batch, head, CELLS: tl.constexpr):
     """Where the keys or the pages of a head begin, for ``offsets_of``."""
     if CELLS > 0:
         batch = 0
@@ -136,10 +138,10 @@ def page_scores(queries, codes, scales, in_range, scale, shape):
 
 @triton.jit(do_not_specialize=[*PER_CALL, "stored_pages", "width", "splits"])
 def score_pages_kernel(
-    query, key, statistics, table, inputs, page_logits, page_parts, stored_pages, num_kv_heads, group, Lq, Lk, width,
-    splits, settings, shape, page,
+    query, key, statistics, table, inputs, scratch, stored_pages, num_kv_heads, group, Lq, Lk, width, splits, settings,
+    shape, page,
 ):  # fmt: skip
-    """Logits ``[number, group, width]`` of visible pages; ``page_parts`` of their softmax, ``splits + 1`` for each row.
+    """Logits ``[number, group, width]`` of visible pages, and ``splits + 1`` parts of their softmax for each row.
 
     Program s along the second axis scores the s-th share of the pages from their statistics, with a ``Table``
     ``Heads``; the one after the last scores the query's own page from its keys. What is NaN or +inf stays out of the
@@ -148,17 +150,24 @@ def score_pages_kernel(
     """
     number = tl.program_id(0)
     split = tl.program_id(1)
+    pages: tl.constexpr = page.KEYS // page.BLOCK_SIZE
+    if table is None:
+        statistics = heads_of_pages(statistics, stored_pages, page)
     if split <= splits:
         seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
         rows = group_rows(seen, group, shape)
         queries = load_queries(query, rows, shape)
         member = number.to(tl.int64) * group + tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
-        logits_rows = page_logits + member * width
+        logits_rows = scratch.floats + scratch.page_logits + member * width
         peak = tl.full([shape.BLOCK_M], float("-inf"), dtype=tl.float32)
         total = tl.zeros([shape.BLOCK_M], dtype=tl.float32)
         own = tl.minimum(seen.pages, width) - 1
         if split < splits:
-            first_stored = (seen.batch * num_kv_heads + seen.kv_head) * stored_pages + seen.low
+            head = seen.kv_head
+            if table is None:
+                head += seen.batch * num_kv_heads
+            all_codes = head_of(statistics.codes, 0, head).data
+            all_scales = head_of(statistics.scales, 0, head).data
             share = (own + splits * shape.BLOCK_N - 1) // (splits * shape.BLOCK_N)
             stop = tl.minimum((split + 1) * share * shape.BLOCK_N, own)
             for tile in range(share):
@@ -166,15 +175,9 @@ def score_pages_kernel(
                 in_range = n < stop
                 first = seen.begin + (seen.low + n) * page.BLOCK_SIZE
                 size = tl.minimum(first + page.BLOCK_SIZE, seen.end) - tl.maximum(first, seen.start)
-                if table is None:
-                    codes = statistics.codes + (first_stored + n) * (3 * shape.D)
-                    scales = statistics.scales + (first_stored + n) * 3
-                else:
-                    pages: tl.constexpr = page.KEYS // page.BLOCK_SIZE
-                    place = page_in_memory(table, seen.batch, n, in_range, pages)
-                    codes = head_of(statistics.codes, 0, seen.kv_head).data + offsets_of(statistics.codes, place, pages)
-                    scales = head_of(statistics.scales, 0, seen.kv_head).data
-                    scales += offsets_of(statistics.scales, place, pages)
+                place = place_of_page(table, seen.batch, seen.low + n, in_range, pages)
+                codes = all_codes + offsets_of(statistics.codes, place, pages)
+                scales = all_scales + offsets_of(statistics.scales, place, pages)
                 far, rest = page_scores(queries, codes, scales, in_range, settings.scale, shape)
                 far = logits_base2(far, settings)
                 others = tl.log2(tl.maximum(size - 1, 1).to(tl.float32))
@@ -189,11 +192,9 @@ def score_pages_kernel(
         elif own >= 0:
             last = seen.low + seen.pages - 1
             position = seen.begin + last * page.BLOCK_SIZE + tl.arange(0, page.BLOCK_K)
-            place = position
-            if table is not None:
-                last = page_in_memory(table, seen.batch, last, own >= 0, page.KEYS // page.BLOCK_SIZE)
-                place = last * page.BLOCK_SIZE + tl.arange(0, page.BLOCK_K)
-            keys = memory_of(key, seen.batch, seen.kv_head, page.KEYS)
+            last = place_of_page(table, seen.batch, last, own >= 0, pages)
+            place = seen.begin + last * page.BLOCK_SIZE + tl.arange(0, page.BLOCK_K)
+            keys = begin_of(key, seen.batch, seen.kv_head, page.KEYS)
             in_page = (position >= seen.start) & (position < seen.end)
             raw = dot_scores(queries, keys, offsets_of(key, place, page.KEYS), in_page, shape, True)
             logits = logits_base2(raw, settings)
@@ -203,47 +204,39 @@ def score_pages_kernel(
             ordinary_page = exact < float("inf")
             peak = tl.where(ordinary_page, peak, float("-inf"))
             total = tl.where(ordinary_page, total, 0.0)
-        tl.store(page_parts.peak + member * (splits + 1) + split, peak, mask=rows.valid)
-        tl.store(page_parts.total + member * (splits + 1) + split, total, mask=rows.valid)
+        at = scratch.floats + member * (splits + 1) + split
+        tl.store(at + scratch.page_peak, peak, mask=rows.valid)
+        tl.store(at + scratch.page_total, total, mask=rows.valid)
     elif table is None:  # noqa: SIM102 - with a table nothing of this is compiled
         if tl.program_id(2) == 0:
             batch = (number // num_kv_heads).to(tl.int64)
             begin = tl.load(inputs.origin + batch).to(tl.int64)
             end = tl.load(inputs.visible + batch * 2 + 1).to(tl.int64)
             completed = tl.maximum(end - 1 - begin, 0) // page.BLOCK_SIZE
-            keys = head_of(key, batch, (number % num_kv_heads).to(tl.int64))
             first = begin + completed * page.BLOCK_SIZE
             if (completed < stored_pages) & (first + page.BLOCK_SIZE <= tl.minimum(end, Lk)):
-                summarize_page(keys, statistics, number.to(tl.int64) * stored_pages + completed, first, page)
-
-
-# Where a choice goes, int32. ``pages [number, capacity]`` ascend; with a ``Table`` as ``page_in_memory`` counts
-# them. ``count [number, 2]`` is how many they are, and the offset of the group's first query head in results, so that
-# those who attend need not keep it in registers. ``arrivals [number, blocks]`` are set to zero for those who attend:
-# see ``split.arrives_last``.
-Chosen = namedtuple("Chosen", "pages count arrivals")
-
-# The constants of a choice: keys of a page, pages that are looked at together, parts of a softmax, padded, and pages of
-# a block of memory, 0 where they do not lie in such.
-ChooseShape = namedtuple("ChooseShape", "BLOCK_SIZE BLOCK_P BLOCK_S PAGES")
+                keys = head_of(key, batch, (number % num_kv_heads).to(tl.int64))
+                summarize_page(keys, statistics, 0, number.to(tl.int64), completed, first, page)
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity", "blocks"])
 def choose_pages_kernel(
-    table, inputs, page_logits, page_parts, chosen, attended, budget_heads, num_kv_heads, group, Lq, Lk, width, splits,
-    capacity, blocks, shape,
+    table, inputs, scratch, attended, budget_heads, num_kv_heads, group, Lq, Lk, width, splits, capacity, blocks,
+    BLOCK_SIZE: tl.constexpr, PAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """What one query and the group attend (``Chosen``), and how many keys these are, ``attended [B, Hq, Lq]``.
+    """The pages that one query and the group attend, and how many keys these are, ``attended [B, Hq, Lq]``.
 
-    ``page_parts`` has ``splits`` of each query head.
+    Each query head has ``splits`` parts of a softmax, padded ``BLOCK_S``. ``BLOCK_P`` pages are looked at together. A
+    block of memory has ``PAGES``, or 0.
     """
     number = tl.program_id(0)
-    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, shape.BLOCK_SIZE)
+    seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, BLOCK_SIZE)
     count = tl.minimum(seen.pages, width)
-    weights = Weights(page_logits + number.to(tl.int64) * group * width, count - 1, tl.arange(0, shape.BLOCK_P))
-    first_part = number.to(tl.int64) * group * splits
-    own_parts = Softmax(None, page_parts.peak + first_part, page_parts.total + first_part)
-    sum_weights(weights.data, own_parts, group, width, splits, count, shape)
+    data = scratch.floats + scratch.page_logits + number.to(tl.int64) * group * width
+    weights = Weights(data, count - 1, tl.arange(0, BLOCK_P))
+    parts = scratch.floats + number.to(tl.int64) * group * splits
+    parts = Softmax(None, parts + scratch.page_peak, parts + scratch.page_total)
+    sum_weights(weights, parts, group, width, splits, count, BLOCK_S)
     largest_budget = 0
     for member in range(group):
         head = seen.kv_head * group + member
@@ -252,45 +245,43 @@ def choose_pages_kernel(
     tl.debug_barrier()
     always = tl.minimum(count, 2)
     # A budget of all keys has one page more, as intervals begin and end within pages.
-    more = tl.where(largest_budget >= seen.end - seen.start, shape.BLOCK_SIZE, 0)
-    wanted = tl.maximum((tl.maximum(largest_budget, 0) + more + shape.BLOCK_SIZE - 1) // shape.BLOCK_SIZE, always)
+    more = tl.where(largest_budget >= seen.end - seen.start, BLOCK_SIZE, 0)
+    wanted = tl.maximum((tl.maximum(largest_budget, 0) + more + BLOCK_SIZE - 1) // BLOCK_SIZE, always)
     wanted = tl.minimum(tl.minimum(wanted, count), capacity)
     cut, spare = find_cut(weights, wanted - always)
+    pages = scratch.integers + scratch.pages + number.to(tl.int64) * capacity
     taken_before = 0
     ties_before = 0
-    for first in range(0, count, shape.BLOCK_P):
-        page = first + tl.arange(0, shape.BLOCK_P)
-        place, taken, taken_before, ties_before = take(weights, count, page, cut, spare, taken_before, ties_before)
-        stored = chosen.pages + number.to(tl.int64) * capacity + place
+    for first in range(0, count, BLOCK_P):
+        at = first + weights.lanes
+        place, taken, taken_before, ties_before = take(weights, count, at, cut, spare, taken_before, ties_before)
         stays = taken & (place < capacity)
-        found = seen.low + page
-        if table is not None:
-            found = page_in_memory(table, seen.batch, found, stays, shape.PAGES)
-        tl.store(stored, found, mask=stays)
+        found = place_of_page(table, seen.batch, seen.low + at, stays, PAGES)
+        tl.store(pages + place, found, mask=stays)
     for block in range(blocks):
-        tl.store(chosen.arrivals + number * blocks + block, 0)
+        tl.store(scratch.integers + scratch.arrivals + number * blocks + block, 0)
     # The first and the last page may be seen in part; both are always chosen.
-    first_key = seen.begin + seen.low * shape.BLOCK_SIZE
-    missing = (seen.start - first_key) + (first_key + count * shape.BLOCK_SIZE - seen.end)
-    keys = tl.where(count > 0, wanted * shape.BLOCK_SIZE - missing, 0)
+    first_key = seen.begin + seen.low * BLOCK_SIZE
+    missing = (seen.start - first_key) + (first_key + count * BLOCK_SIZE - seen.end)
+    keys = tl.where(count > 0, wanted * BLOCK_SIZE - missing, 0)
     row = (seen.batch * num_kv_heads + seen.kv_head) * group * Lq + seen.index
-    tl.store(chosen.count + number * 2, wanted)
-    tl.store(chosen.count + number * 2 + 1, row.to(tl.int32))
+    tl.store(scratch.integers + scratch.count + number * 2, wanted)
+    tl.store(scratch.integers + scratch.count + number * 2 + 1, row.to(tl.int32))
     for member in range(group):
         tl.store(attended + row + member * Lq, keys)
 
 
 @triton.jit
-def sum_weights(logits_rows, parts, group, width, splits, pages, shape):
+def sum_weights(weights, parts, group, width, splits, pages, BLOCK_S: tl.constexpr):
     """Writes, over the first head's logits, each page's weight, summed over the group; NaN and +inf weigh +inf."""
-    split = tl.arange(0, shape.BLOCK_S)
-    for first in range(0, pages, shape.BLOCK_P):
-        page = first + tl.arange(0, shape.BLOCK_P)
-        weight = tl.zeros([shape.BLOCK_P], dtype=tl.float32)
+    split = tl.arange(0, BLOCK_S)
+    for first in range(0, pages, weights.lanes.shape[0]):
+        page = first + weights.lanes
+        weight = tl.zeros([weights.lanes.shape[0]], dtype=tl.float32)
         for member in range(group):
             peaks = tl.load(parts.peak + member * splits + split, mask=split < splits, other=float("-inf"))
             totals = tl.load(parts.total + member * splits + split, mask=split < splits, other=0.0)
-            row = logits_rows + tl.cast(member, tl.int64) * width
+            row = weights.data + tl.cast(member, tl.int64) * width
             logits = tl.load(row + page, mask=page < pages, other=float("-inf"))
             base = finite_or_zero(tl.max(peaks, axis=0))
             whole = tl.sum(totals * tl.exp2(peaks - base), axis=0)
@@ -299,13 +290,13 @@ def sum_weights(logits_rows, parts, group, width, splits, pages, shape):
             weight += tl.where(logits < float("inf"), tl.exp2(logits - base) * share, float("inf"))
         # Every thread has read the logits that the weights replace.
         tl.debug_barrier()
-        tl.store(logits_rows + page, weight, mask=page < pages)
+        tl.store(weights.data + page, weight, mask=page < pages)
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "splits", "capacity"])
+@triton.jit(do_not_specialize=[*PER_CALL, "capacity"])
 def attend_pages_kernel(
-    query, key, value, inputs, chosen, attended, parts, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk,
-    splits, capacity, settings, shape, join_shape, page,
+    query, key, value, inputs, scratch, attended, sinks, output, lse, lse_keys, num_kv_heads, group, Lq, Lk, capacity,
+    settings, shape, join_shape, page,
 ):  # fmt: skip
     """Part s of each row is of the s-th share of the chosen pages; the last program of a row joins its parts.
 
@@ -313,16 +304,17 @@ def attend_pages_kernel(
     """
     number = tl.program_id(0)
     split = tl.program_id(1)
+    splits = tl.num_programs(1)
     seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
     rows = group_rows(seen, group, shape)
     queries = load_queries(query, rows, shape)
-    keys = memory_of(key, seen.batch, seen.kv_head, page.KEYS)
-    values = memory_of(value, seen.batch, seen.kv_head, page.KEYS)
+    keys = begin_of(key, seen.batch, seen.kv_head, page.KEYS)
+    values = begin_of(value, seen.batch, seen.kv_head, page.KEYS)
     dv = tl.arange(0, shape.BLOCK_DV)
-    count = tl.load(chosen.count + number * 2)
+    count = tl.load(scratch.integers + scratch.count + number * 2)
     share = (count + splits - 1) // splits
     first = split * share
-    page_list = chosen.pages + number.to(tl.int64) * capacity + first
+    page_list = scratch.integers + scratch.pages + number.to(tl.int64) * capacity + first
     keys_left = tl.maximum(tl.minimum(first + share, count) - first, 0) * page.BLOCK_SIZE
     if page.KEYS > 0:
         # Of the pages only a sequence's last, which is listed last, may lack keys.
@@ -349,14 +341,16 @@ def attend_pages_kernel(
         peak, total, weights, shrink = fold(logits, peak, total)
         acc = dot(weights.to(tile_values.dtype), tile_values, acc * shrink[:, None])
     member = tl.program_id(2) * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
-    held = Rows(None, None, None, None, number.to(tl.int64) * group + member, member < group, None, None, None)
-    store_part(parts, held, Softmax(acc, peak, total), held.row * splits + split, shape)
-    if arrives_last(chosen.arrivals + number * tl.num_programs(2) + tl.program_id(2), splits):
+    at = (number.to(tl.int64) * group + member) * splits + split
+    parts = Softmax(scratch.floats + scratch.acc, scratch.floats + scratch.peak, scratch.floats + scratch.total)
+    store_part(parts, member < group, Softmax(acc, peak, total), at, shape)
+    arrivals = scratch.integers + scratch.arrivals + number * tl.num_programs(2) + tl.program_id(2)
+    if arrives_last(arrivals, splits):
         member_of = tl.program_id(2) * join_shape.BLOCK_M + tl.arange(0, join_shape.BLOCK_M)
         place = number.to(tl.int64) * group + member_of
-        row = tl.load(chosen.count + number * 2 + 1) + member_of.to(tl.int64) * Lq
+        row = tl.load(scratch.integers + scratch.count + number * 2 + 1) + member_of.to(tl.int64) * Lq
         head = (row // Lq) % (num_kv_heads * group)
         results = Rows(None, None, None, head, row, member_of < group, None, None, None)
-        joined = join_parts(parts, results, place * splits, 1, splits, join_shape)
+        joined = join_parts(parts, results.valid, place * splits, 1, splits, join_shape)
         counted = tl.load(attended + row, mask=results.valid, other=0)
         write_joined(joined, results, sinks, counted, output, lse, lse_keys, join_shape)

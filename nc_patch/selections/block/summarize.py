@@ -9,7 +9,7 @@ import triton.language as tl
 
 from nc_patch.ops.triton.launch import Tiles, architecture_of, compile_options, dense_last, on_device, padded_dim
 from nc_patch.ops.triton.rows import head_of
-from nc_patch.ops.triton.structs import constants, heads
+from nc_patch.ops.triton.structs import Heads, constants, heads
 from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics
 
 _LARGEST_CODE = tl.constexpr(LARGEST_CODE)
@@ -46,25 +46,19 @@ def triton_summarize_pages_(
     key: torch.Tensor, origin: torch.Tensor, first: torch.Tensor, count: int, end: torch.Tensor,
     statistics: PageStatistics, block_size: int,
 ) -> None:  # fmt: skip
-    """``pages.update_pages_`` in one launch; statistics that are not contiguous are copied, and copied back.
-
-    Where a page's keys do not fit into registers they are read several times.
-    """
-    B, Hkv, N, D = key.shape
-    dense = PageStatistics(*(tensor.contiguous() for tensor in statistics))
+    """``pages.update_pages_`` in one launch. Keys of a page that do not fit into registers are read several times."""
+    (B, Hkv, N, D), pages = key.shape, statistics.codes.shape[2]
+    assert all(tensor.is_contiguous() for tensor in statistics)
     touched = (count + block_size - 2) // block_size + 1 if count > 0 else 0
     if touched == 0 or B * Hkv * D == 0:
         return
     with on_device(key.device):
         summarize_kernel[(touched, B * Hkv)](
             key=heads(dense_last(key)), origin=origin.contiguous(), first=first.contiguous(), end=end.contiguous(),
-            statistics=dense, num_kv_heads=Hkv, N=N, stored_pages=dense.codes.shape[2], count=count,
+            statistics=statistics, num_kv_heads=Hkv, N=N, stored_pages=pages, count=count,
             page=page_shape_of(D, block_size),
             **compile_options(score_tiles(key.dtype, D), architecture_of(key.device)),
         )  # fmt: skip
-    for given, written in zip(statistics, dense, strict=True):
-        if written is not given:
-            given.copy_(written)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "N", "stored_pages", "count"])
@@ -72,7 +66,6 @@ def summarize_kernel(key, origin, first, end, statistics, num_kv_heads, N, store
     """The statistics of one page of those that have changed."""
     sequence = tl.program_id(1).to(tl.int64)
     batch = sequence // num_kv_heads
-    keys = head_of(key, batch, sequence % num_kv_heads)
     begin = tl.load(origin + batch).to(tl.int64)
     changed = tl.load(first + batch).to(tl.int64)
     stop = tl.minimum(tl.load(end + batch).to(tl.int64), N)
@@ -80,7 +73,8 @@ def summarize_kernel(key, origin, first, end, statistics, num_kv_heads, N, store
     number = tl.maximum(changed - begin, 0) // page.BLOCK_SIZE + tl.program_id(0)
     first = begin + number * page.BLOCK_SIZE
     if (first < changed + count) & (number < stored_pages) & (first + page.BLOCK_SIZE <= stop):
-        summarize_page(keys, statistics, sequence * stored_pages + number, first, page)
+        keys = head_of(key, batch, sequence % num_kv_heads)
+        summarize_page(keys, heads_of_pages(statistics, stored_pages, page), 0, sequence, number, first, page)
 
 
 def triton_summarize_slots_(
@@ -101,20 +95,26 @@ def summarize_slots_kernel(key, statistics, slots, page):
     """The statistics of the page that the key in a slot completes, of one head."""
     slot = tl.load(slots + tl.program_id(0))
     if (slot >= 0) & (slot % page.BLOCK_SIZE == page.BLOCK_SIZE - 1):
-        head = tl.program_id(1).to(tl.int64)
-        block = slot // page.KEYS
+        block, head = slot // page.KEYS, tl.program_id(1).to(tl.int64)
         number = slot % page.KEYS // page.BLOCK_SIZE
-        codes = head_of(statistics.codes, block, head)
-        scales = head_of(statistics.scales, block, head)
-        written = PageStatistics(codes.data + number * codes.stride, scales.data + number * scales.stride)
-        summarize_page(head_of(key, block, head), written, 0, number * page.BLOCK_SIZE, page)
+        first = number * page.BLOCK_SIZE
+        summarize_page(head_of(key, block, head), statistics, block, head, number, first, page)
 
 
 @triton.jit
-def summarize_page(keys, statistics, place, first, page):
-    """Stores, in a place of the statistics, those of the whole page whose first key is at ``first``.
+def heads_of_pages(statistics, stored_pages, page):
+    """The contiguous statistics of so many pages of each head as ``Heads``, as if all sequences were one."""
+    rows = tl.cast(stored_pages, tl.int64) * _VECTORS
+    codes = Heads(statistics.codes, 0, rows * page.D, _VECTORS * page.D)
+    return PageStatistics(codes, Heads(statistics.scales, 0, rows, _VECTORS))  # type: ignore[arg-type]
 
-    In passes over its channels: range, distances, ranges of the vectors, codes.
+
+@triton.jit
+def summarize_page(keys, statistics, batch, head, number, first, page):
+    """Stores the statistics of the whole page of ``keys``, of one head, whose first key is at ``first``.
+
+    It has this number of those of a head, or in a block of memory, in ``Heads`` of statistics. In passes over its
+    channels: range, distances, ranges of the vectors, codes.
     """
     D: tl.constexpr = page.D
     k = tl.arange(0, page.BLOCK_K)
@@ -155,7 +155,8 @@ def summarize_page(keys, statistics, place, first, page):
     far_step = far_step / _LARGEST_CODE
     mean_step = mean_step / _LARGEST_CODE
     variance_step = variance_step / _LARGEST_CODE
-    codes = statistics.codes + place * (_VECTORS * D)
+    codes = head_of(statistics.codes, batch, head)
+    codes = codes.data + number * codes.stride
     for channel in range(0, D, page.CHANNELS):
         d = channel + tl.arange(0, page.CHANNELS)
         tile = load_scaled(rows, exists, channel, unit, page)
@@ -163,7 +164,8 @@ def summarize_page(keys, statistics, place, first, page):
         tl.store(codes + d, encode(apart, far_step), mask=d < D)
         tl.store(codes + D + d, encode(mean, mean_step), mask=d < D)
         tl.store(codes + 2 * D + d, encode(variance, variance_step), mask=d < D)
-    scales = statistics.scales + place * _VECTORS
+    scales = head_of(statistics.scales, batch, head)
+    scales = scales.data + number * scales.stride
     tl.store(scales, tl.where(sound, far_step * unit, float("nan")))
     tl.store(scales + 1, tl.where(sound, mean_step * unit, float("nan")))
     tl.store(scales + 2, tl.where(sound, tl.sqrt(variance_step) * unit, float("nan")))

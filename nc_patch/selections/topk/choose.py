@@ -18,23 +18,22 @@ from nc_patch.ops.triton.ranks import (
 from nc_patch.ops.triton.rows import FAR
 from nc_patch.ops.triton.structs import PER_CALL
 from nc_patch.ops.triton.tail import PAGE
-from nc_patch.selections.topk.scan import integers, is_short, one_row, rivals_of
+from nc_patch.selections.topk.scan import one_row, rivals_of
 
 # Keys whose pages are counted at once.
 _COUNTED = tl.constexpr(1024)
 
 
 class Rivals(NamedTuple):
-    """``count`` rivals of a row: their scores and positions, and the ranks ``held`` of the first of them.
+    """``count`` rivals of a row, their scores and positions.
 
-    As many are looked at at once. They are ranked by their scores or, where ``tied`` is not None, those of this rank
-    by their positions, from the last to the first.
+    They are ranked by their scores or, where ``tied`` is not None, those of this rank by their positions, from the last
+    to the first.
     """
 
     scores: Any
     positions: Any
     count: Any
-    held: Any
     tied: Any
 
 
@@ -49,32 +48,33 @@ def choose_kernel(
     """
     row = one_row(inputs, budget_heads, num_kv_heads, group, Lq, Lk)
     first, last, needed = rivals_of(row, sink_keys, recent_keys)
-    short = is_short(scratch, row, sink_keys, recent_keys)
-    count = tl.load(integers(scratch, scratch.reached) + row.row * 2 + short.to(tl.int32))
-    low = tl.where(short, RANK_NEGATIVE_INFINITY, rank_of(tl.load(scratch.memory + scratch.guess + row.row)))
-    scores = scratch.memory + scratch.reached_scores + row.row * splits * segment
-    positions = integers(scratch, scratch.reached_positions) + row.row * splits * segment
-    rivals = Rivals(scores, positions, count, None, None)
-    rivals = Rivals(scores, positions, count, ranks_at(rivals, 0, BLOCK_E), None)
+    reached = scratch.integers + scratch.reached + row.row * 2
+    short = tl.load(reached) < needed
+    count = tl.load(reached + short.to(tl.int32))
+    low = tl.where(short, RANK_NEGATIVE_INFINITY, rank_of(tl.load(scratch.floats + scratch.guess + row.row)))
+    scores = scratch.floats + scratch.reached_scores + row.row * splits * segment
+    positions = scratch.integers + scratch.reached_positions + row.row * splits * segment
+    rivals = Rivals(scores, positions, count, None)
+    held = ranks_at(rivals, 0, BLOCK_E)
     limit = tl.where(needed > 0, float("-inf"), float("inf"))
     limit_end = tl.where(needed > 0, FAR, 0)
     if (needed > 0) & (needed < last - first):
-        highest = tl.max(rivals.held, axis=0)
+        highest = tl.max(held, axis=0)
         for begin in range(BLOCK_E, count, BLOCK_E):
             highest = tl.maximum(highest, tl.max(ranks_at(rivals, begin, BLOCK_E), axis=0))
-        bracket = search(Bracket(low, highest + 1, count, count * 0), needed, count_rivals, rivals)
+        bracket = search(Bracket(low, highest + 1, count, count * 0), needed, count_rivals, (rivals, held))
         limit = score_of(bracket.low)
         if bracket.count_low != needed:
             # Too many ties: the position after the last one that is admitted.
-            ties = Rivals(scores, positions, count, None, bracket.low)
-            ties = Rivals(scores, positions, count, ranks_at(ties, 0, BLOCK_E), bracket.low)
+            ties = Rivals(scores, positions, count, bracket.low)
+            held_ties = ranks_at(ties, 0, BLOCK_E)
             places = Bracket(-last + 1, -first + 1, bracket.count_low - bracket.count_high, count * 0)
-            limit_end = -search(places, needed - bracket.count_high, count_rivals, ties).low + 1
-    tl.store(scratch.memory + scratch.threshold + row.row, limit)
-    tl.store(integers(scratch, scratch.ties_end) + row.row, limit_end)
+            limit_end = -search(places, needed - bracket.count_high, count_rivals, (ties, held_ties)).low + 1
+    tl.store(scratch.floats + scratch.threshold + row.row, limit)
+    tl.store(scratch.integers + scratch.ties_end + row.row, limit_end)
     if inputs.origin is not None:
         residue = tl.load(inputs.origin + row.batch * Lq + row.index) & (PAGE - 1)
-        counts = integers(scratch, scratch.page_counts) + row.row * slots
+        counts = scratch.integers + scratch.page_counts + row.row * slots
         for begin in range(0, count, _COUNTED):
             e = begin + tl.arange(0, _COUNTED)
             rank = ranks_at(rivals, begin, _COUNTED)
@@ -108,10 +108,11 @@ def ranks_at(rivals, begin, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def count_rivals(rivals, first, second, third):
-    """``count_ranks`` of ``Rivals``."""
-    counts = count_ranks(rivals.held, first, second, third)
-    for begin in range(rivals.held.shape[0], rivals.count, rivals.held.shape[0]):
-        more = count_ranks(ranks_at(rivals, begin, rivals.held.shape[0]), first, second, third)
+def count_rivals(counted, first, second, third):
+    """``count_ranks`` of ``Rivals``, of which the ranks of the first are held; as many are looked at at once."""
+    rivals, held = counted
+    counts = count_ranks(held, first, second, third)
+    for begin in range(held.shape[0], rivals.count, held.shape[0]):
+        more = count_ranks(ranks_at(rivals, begin, held.shape[0]), first, second, third)
         counts = (counts[0] + more[0], counts[1] + more[1], counts[2] + more[2])
     return counts

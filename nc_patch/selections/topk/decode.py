@@ -26,22 +26,19 @@ import torch
 
 from nc_patch.ops.means import PageMeans, slot_count, touched_slots
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem
-from nc_patch.ops.triton.launch import Launches, architecture_of, layout_of, prepared, settings_of
-from nc_patch.ops.triton.structs import Heads, RowInputs
+from nc_patch.ops.triton.decoding import Decoder, Launches, bound_decoder
+from nc_patch.ops.triton.launch import architecture_of
+from nc_patch.ops.triton.structs import RowInputs, heads
 from nc_patch.selections.topk.choose import choose_kernel
 from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import key_shape
 from nc_patch.selections.topk.gather import gather_kernel
-from nc_patch.selections.topk.plan import Plan, Scratch, options_of, plan_for
+from nc_patch.selections.topk.plan import options_of, plan_for, scratch_of
 from nc_patch.selections.topk.prepare import guess_kernel, prepare_kernel
 from nc_patch.selections.topk.scan import scan_kernel
 
 # What the kernels hand on to each other takes at most this much, unless one query of one sequence takes more.
 SCRATCH_BYTES = 256 * 2**20
-
-# What runs problems that are alike: those of all layers of a step of generation, and of many steps.
-_STEPS: dict[tuple[Any, ...], Callable[[Problem], AttentionResult]] = {}
-_MOST_STEPS = 256
 # Steps with as many of these runs of keys share a plan.
 _KEYS = 128
 # Relative width given to bounds of sums of exponentials, for their rounding in float32, and what underflow may lose.
@@ -60,16 +57,10 @@ def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Cal
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
-    key = (sink_keys, recent_keys, *layout_of(problem, _planned_keys(problem), problem.most))
-    run = _STEPS.get(key)
-    if run is None:
-        if len(_STEPS) >= _MOST_STEPS:
-            _STEPS.clear()
-        run = _STEPS[key] = _bound(problem, sink_keys, recent_keys)
-    return run
+    return bound_decoder(_decoder, problem, _planned_keys(problem), problem.most, sink_keys, recent_keys)
 
 
-def _decode_halves(sink_keys: int, recent_keys: int, problem: Problem) -> AttentionResult:
+def _decode_halves(sink_keys: int, recent_keys: int, _: Any, problem: Problem) -> AttentionResult:
     """Decodes one half of the sequences, or of the queries of one, and then the other."""
     B, Lq = problem.visible.shape[:2]
     middle = -(-(B if B > 1 else Lq) // 2)
@@ -96,32 +87,15 @@ def _planned_keys(problem: Problem) -> int:
     return more if fits else Lk
 
 
-def _bound(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Problem], AttentionResult]:
-    """What decodes problems like this one, which it checks."""
-    as_given, problem = problem, prepared(problem)
+def _decoder(problem: Problem, sink_keys: int, recent_keys: int) -> Decoder:
+    """What decodes problems like this one, of which no tensor is copied."""
     assert problem.query.shape[2] <= MAX_DECODE_QUERIES
     assert problem.key_index[0].shape[2] >= problem.key.shape[2]
-    if any(mine is not theirs for mine, theirs in zip(as_given.tensors(), problem.tensors(), strict=True)):
-
-        def decode_copies(like: Problem) -> AttentionResult:
-            like = prepared(like)
-            return bound_topk_decode(like, sink_keys, recent_keys)(like)
-
-        return decode_copies
-    Hkv, Lq, architecture = problem.key.shape[1], problem.query.shape[2], architecture_of(problem.query.device)
+    architecture = architecture_of(problem.query.device)
     plan = plan_for(problem, _planned_keys(problem), architecture)
-    if len(problem.query) * Lq > 1 and 4 * plan.offsets[-1] > SCRATCH_BYTES:
-        return partial(_decode_halves, sink_keys, recent_keys)
     options, blocks, splits = options_of(plan, problem, architecture), plan.blocks, plan.splits
     touched = touched_slots(problem.new, plan.slots)
-    upkeep = -(-problem.new // key_shape(problem.query.shape[3]).BLOCK_N) + touched
-    arguments = {
-        "budget_heads": problem.budget.shape[1], "num_kv_heads": Hkv, "group": problem.group, "Lq": Lq,
-        "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
-        "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "parts": plan.parts,
-        "slots": plan.slots, "settings": settings_of(problem), "mean_key": None,
-        "mean_value": None, "sinks": None,
-    }  # fmt: skip
+    upkeep = -(-problem.new // key_shape(*problem.head_dims).BLOCK_N.value) + touched
     kernels = (
         (prepare_kernel, (blocks, plan.samplers + upkeep, 1), options["prepare"]),
         (guess_kernel, (plan.rows, 1, 1), options["guess"]),
@@ -129,35 +103,34 @@ def _bound(problem: Problem, sink_keys: int, recent_keys: int) -> Callable[[Prob
         (choose_kernel, (plan.rows, 1, 1), options["choose"]),
         (gather_kernel, (blocks, plan.parts, 1), options["gather"]),
     )
-    as_heads = (problem.query, problem.key, problem.value, *(problem.means or ()))
-    strides = tuple(t.stride()[:3] for t in as_heads)
-    return partial(_decode_at_once, plan, strides, Launches(kernels, arguments))
-
-
-def _decode_at_once(
-    plan: Plan, strides: tuple[tuple[int, ...], ...], launches: Launches, problem: Problem
-) -> AttentionResult:
-    """Decodes a problem all at once; ``strides`` are of query, key, value and means, as in ``Heads``."""
-    query, key, value, visible, origin, budget, *_ = problem
-    means, rows, device = problem.means, query.shape[:3], query.device
-    output, lse, bounds = query.new_empty(*rows, value.shape[-1]), None, None
-    if problem.stats or problem.bounds:
-        lse = torch.empty(rows, dtype=torch.float32, device=device)
-    scratch = Scratch(torch.empty(plan.offsets[-1], dtype=torch.float32, device=device), *plan.offsets[:-1])
-    changing: dict[str, Any] = {
-        "query": Heads(query, *strides[0]), "key": Heads(key, *strides[1]), "value": Heads(value, *strides[2]),
-        "codes": KeyCodes(*problem.key_index), "scratch": scratch, "output": output, "lse": lse, "Lk": key.shape[2],
-        "inputs": RowInputs(visible, budget, None if means is None else origin),
+    arguments = {
+        "sink_keys": sink_keys, "recent_keys": recent_keys, "length": problem.key_index[0].shape[2],
+        "new": problem.new, "touched": touched, "splits": splits, "segment": plan.segment, "parts": plan.parts,
+        "slots": plan.slots,
     }  # fmt: skip
-    if problem.sinks is not None:
-        changing["sinks"] = problem.sinks
-    if means is not None:
-        changing |= {"mean_key": Heads(means.key, *strides[3]), "mean_value": Heads(means.value, *strides[4])}
-    if output.numel():
-        launches(device, changing)
+    launches = Launches(problem, kernels, arguments, scratch_of(plan, problem))
+    if problem.visible[..., 0].numel() > 1 and 4 * launches.scratch_size > SCRATCH_BYTES:
+        return partial(_decode_halves, sink_keys, recent_keys)
+    return partial(_decode_at_once, launches, splits)
+
+
+def _decode_at_once(launches: Launches, splits: int, kept: dict[int, Any], problem: Problem) -> AttentionResult:
+    """Decodes a problem all at once."""
+    query, _, _, visible, origin, budget = problem[:6]
+    means, lse, bounds = problem.means, None, None
+    if problem.stats or problem.bounds:
+        lse = query.new_empty(launches.rows, dtype=torch.float32)
+    arguments: dict[str, Any] = {"codes": KeyCodes(*problem.key_index), "lse": lse}
+    if means is None:
+        arguments["means"], arguments["inputs"] = None, RowInputs(visible, budget)
+    else:
+        arguments["means"] = PageMeans(*map(heads, means))  # type: ignore[arg-type]
+        arguments["inputs"] = RowInputs(visible, budget, origin)
+    output = launches(kept, problem, arguments)
     if problem.bounds:
-        masses = scratch.memory[scratch.masses :][: plan.rows * plan.splits * 12]
-        bounds = _kept_mass_bounds(masses.view(*rows, plan.splits, 3, 2, 2), visible)
+        scratch = arguments["scratch"]
+        masses = scratch.floats[scratch.masses :][: math.prod(launches.rows) * splits * 12]
+        bounds = _kept_mass_bounds(masses.view(*launches.rows, splits, 3, 2, 2), visible)
     return AttentionResult(output, lse, kept_mass_bounds=bounds)
 
 

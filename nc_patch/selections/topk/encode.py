@@ -3,16 +3,14 @@
 Reads each new key and writes D + 8 bytes for it; center and spread are read once a program.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from nc_patch.ops import rounding
-from nc_patch.ops.triton.launch import dense_last, on_device, padded_dim
+from nc_patch.ops.triton.launch import Tiles, dense_last, on_device, padded_dim, shape_of
 from nc_patch.ops.triton.rows import head_of
-from nc_patch.ops.triton.structs import constants, heads
+from nc_patch.ops.triton.structs import Shape, heads
 from nc_patch.selections.topk.codes import LARGEST_CODE, KeyCodes
 
 # Half a unit in the last place of a float32 near 1, what it loses near its smallest number, and the largest code.
@@ -22,20 +20,9 @@ LARGEST = tl.constexpr(float(LARGEST_CODE))
 _TILE = 2048
 
 
-class CodeShape(NamedTuple):
-    """The constants of a program over codes: ``head_dim``, rows, keys in a tile, padded ``head_dim``, tiles at once."""
-
-    D: Any
-    BLOCK_M: Any
-    BLOCK_N: Any
-    BLOCK_D: Any
-    STAGES: Any
-
-
-def key_shape(head_dim: int) -> CodeShape:
+def key_shape(head_dim: int, value_dim: int) -> Shape:
     """The shape of a tile of keys that are encoded together."""
-    padded = padded_dim(head_dim)
-    return CodeShape(head_dim, 1, max(1, _TILE // padded), padded, 1)
+    return shape_of(head_dim, value_dim, Tiles(1, max(1, _TILE // padded_dim(head_dim)), 4, 1))
 
 
 def triton_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: KeyCodes) -> None:
@@ -50,13 +37,13 @@ def triton_encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, code
     assert all(tensor.is_contiguous() for tensor in codes)
     if count <= 0 or min(N, length) == 0 or B * Hkv == 0:
         return
-    shape = key_shape(D)
+    shape = key_shape(D, D)
     # The other axes of a grid end at 65,535, which the blocks of a long prompt exceed.
-    grid = (triton.cdiv(count, shape.BLOCK_N), B * Hkv)
+    grid = (triton.cdiv(count, shape.BLOCK_N.value), B * Hkv)
     with on_device(key.device):
         encode_kernel[grid](
             key=heads(dense_last(key)), first=first.contiguous(), codes=codes, num_kv_heads=Hkv, count=count,
-            keys=min(N, length), length=length, shape=constants(shape), num_warps=4, num_stages=1,
+            keys=min(N, length), length=length, shape=shape, num_warps=4, num_stages=1,
             enable_fp_fusion=True,
         )  # fmt: skip
 

@@ -12,13 +12,13 @@ from nc_patch.ops.triton.scores import accumulate_run, dot, empty_softmax, fold,
 from nc_patch.ops.triton.split import MOST_ARRIVALS, finish_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Limits, Softmax
 from nc_patch.ops.triton.tail import PAGE, pages_of_rows
-from nc_patch.selections.topk.scan import add_masses, entries_of, integers, no_masses, store_masses
+from nc_patch.selections.topk.scan import add_masses, entries_at, entries_of, no_masses, store_masses
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "splits", "segment", "parts", "slots"])
 def gather_kernel(
-    query, value, mean_key, mean_value, inputs, scratch, sinks, output, lse, budget_heads, num_kv_heads, group, Lq, Lk,
-    sink_keys, recent_keys, splits, segment, parts, slots, settings, shape, join_shape, BOUNDS: tl.constexpr,
+    query, value, means, inputs, scratch, sinks, output, lse, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys,
+    recent_keys, splits, segment, parts, slots, settings, shape, join_shape, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """One part of the attention of a block of rows: of a split of its entries or, after those, of the pages.
 
@@ -29,19 +29,19 @@ def gather_kernel(
     part = tl.program_id(1)
     softmax = empty_softmax(shape)
     if part < splits:
-        limits = Limits(scratch.memory + scratch.threshold, integers(scratch, scratch.ties_end))
+        limits = Limits(scratch.floats + scratch.threshold, scratch.integers + scratch.ties_end)
         selected = select_keys(rows, limits, sink_keys, recent_keys)
         values = head_of(value, rows.batch, rows.kv_head)
         softmax = gather_entries(softmax, values, rows, selected, scratch, splits, segment, settings, shape, BOUNDS)
-    elif mean_key is not None:
-        mean_keys = head_of(mean_key, rows.batch, rows.kv_head)
-        mean_values = head_of(mean_value, rows.batch, rows.kv_head)
+    elif means is not None:
+        begin = tl.load(inputs.origin + rows.batch * Lq + rows.index, mask=rows.valid, other=0)
+        counts = scratch.integers + scratch.page_counts + rows.row * slots
+        queries = load_queries(query, rows, shape)
         softmax = gather_pages(
-            softmax, query, mean_keys, mean_values, rows, inputs, scratch, part - splits, parts - splits, Lq, slots,
-            settings, shape,
+            softmax, queries, means, rows, begin, counts, part - splits, parts - splits, settings, shape
         )  # fmt: skip
-    partial = Softmax(scratch.memory + scratch.acc, scratch.memory + scratch.peak, scratch.memory + scratch.total)
-    arrivals = integers(scratch, scratch.arrivals) + block * MOST_ARRIVALS
+    partial = Softmax(scratch.floats + scratch.acc, scratch.floats + scratch.peak, scratch.floats + scratch.total)
+    arrivals = scratch.integers + scratch.arrivals + block * MOST_ARRIVALS
     joining = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, join_shape.BLOCK_M)
     last, softmax = finish_part(partial, rows, softmax, part, parts, arrivals, shape, joining, join_shape)
     if last:
@@ -51,18 +51,16 @@ def gather_kernel(
 @triton.jit
 def gather_entries(softmax, values, rows, selected, scratch, splits, segment, settings, shape, BOUNDS: tl.constexpr):
     """The ``Softmax`` of one split's entries; with ``BOUNDS`` their ``Masses`` are stored."""
-    counts = integers(scratch, scratch.counts) + tl.program_id(0).to(tl.int64) * splits
-    entries = entries_of(scratch, splits, segment, tl.load(counts + tl.program_id(1)))
+    positions, count, first = entries_of(scratch, splits, segment)
+    stop = first + tl.load(count)
     dv = tl.arange(0, shape.BLOCK_DV)
     kept = no_masses(shape.BLOCK_M)
     others = kept
-    for begin in range(entries.begin, entries.stop, shape.BLOCK_N):
-        e = begin + tl.arange(0, shape.BLOCK_N)
-        position = tl.load(entries.positions + e, mask=e < entries.stop, other=0)
-        here = rows.valid[:, None] & (e < entries.stop)[None, :]
-        at = rows.row[:, None] * (splits * segment) + e[None, :]
-        score = tl.load(scratch.memory + scratch.scores + at, mask=here, other=0.0)
-        chosen = here & attended_keys(score, position, selected)
+    for begin in range(first, stop, shape.BLOCK_N):
+        at, position, here = entries_at(rows, positions, begin, stop, splits * segment, shape)
+        inside = rows.valid[:, None] & here[None, :]
+        score = tl.load(scratch.floats + scratch.scores + at, mask=inside, other=0.0)
+        chosen = inside & attended_keys(score, position, selected)
         read = tl.max(chosen.to(tl.int32), axis=0) > 0
         places = values.data + position.to(tl.int64)[:, None] * values.stride + dv[None, :]
         tile_values = tl.load(places, mask=read[:, None] & (dv < shape.DV)[None, :], other=0.0)
@@ -70,39 +68,34 @@ def gather_entries(softmax, values, rows, selected, scratch, splits, segment, se
         peak, total, weights, shrink = fold(logits, softmax.peak, softmax.total)
         softmax = Softmax(dot(weights.to(tile_values.dtype), tile_values, softmax.acc * shrink[:, None]), peak, total)
         if BOUNDS:
-            error = tl.load(scratch.memory + scratch.errors + at, mask=here, other=0.0)
+            error = tl.load(scratch.floats + scratch.errors + at, mask=inside, other=0.0)
             seen = (position[None, :] >= rows.start[:, None]) & (position[None, :] < rows.end[:, None])
             kept = add_masses(kept, score, error, chosen, settings)
-            others = add_masses(others, score, error, here & seen & ~chosen, settings)
+            others = add_masses(others, score, error, inside & seen & ~chosen, settings)
     if BOUNDS:
-        at_split = rows.row * splits + tl.program_id(1)
-        store_masses(scratch, at_split, 1, kept, rows.valid)
-        store_masses(scratch, at_split, 2, others, rows.valid)
+        store_masses(scratch, rows, splits, 1, kept)
+        store_masses(scratch, rows, splits, 2, others)
     return softmax
 
 
 @triton.jit
-def gather_pages(
-    softmax, query, mean_keys, mean_values, rows, inputs, scratch, split, splits, Lq, slots, settings, shape
-):
+def gather_pages(softmax, queries, means, rows, origin, counts, split, splits, settings, shape):
     """The ``Softmax`` of one of ``splits`` shares of the pages, ``BLOCK_N`` at a time.
 
-    A page counts as often as a row does not attend a key of it. A row's origin says where the pages in the slots begin
-    for it, so that rows of several sequences go together.
+    A page counts as often as a row does not attend a key of it; ``counts`` points to how many it attends. A row's
+    origin says where the pages in the slots begin for it, so that rows of several sequences go together.
     """
-    begin = tl.load(inputs.origin + rows.batch * Lq + rows.index, mask=rows.valid, other=0)
-    residue, own = pages_of_rows(begin, rows.end)
+    residue, own = pages_of_rows(origin, rows.end)
     low, high = span(tl.cdiv(rows.start - residue, PAGE), (own - residue) // PAGE, own > rows.start)
-    queries = load_queries(query, rows, shape)
+    mean_keys = head_of(means.key, rows.batch, rows.kv_head)
+    mean_values = head_of(means.value, rows.batch, rows.kv_head)
     tiles = tl.cdiv(high - low, shape.BLOCK_N)
     for tile in tl.range(tiles * split // splits, tiles * (split + 1) // splits, num_stages=2):
         slot = low + tile * shape.BLOCK_N + tl.arange(0, shape.BLOCK_N)
-        here = slot < high
         page_begin = slot[None, :] * PAGE + residue[:, None]
         within = (page_begin >= rows.start[:, None]) & (page_begin < own[:, None])
-        counts = integers(scratch, scratch.page_counts) + rows.row[:, None] * slots + slot[None, :]
-        missing = -tl.load(counts, mask=within, other=PAGE) + PAGE
-        raw = score_run(queries, mean_keys, low + tile * shape.BLOCK_N, here, shape, True)
+        missing = -tl.load(counts[:, None] + slot[None, :], mask=within, other=PAGE) + PAGE
+        raw = score_run(queries, mean_keys, low + tile * shape.BLOCK_N, slot < high, shape, True)
         logits = logits_base2(raw, settings) + tl.log2(tl.maximum(missing, 1).to(tl.float32))
         logits = tl.where(missing > 0, logits, float("-inf"))
         # Pages that no row sees, between sequences, may hold anything.

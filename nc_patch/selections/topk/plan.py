@@ -1,8 +1,6 @@
 """How a step of decoding by codes is divided among programs: tiles, splits, what is held between launches, options."""
 
-from collections import namedtuple
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +10,8 @@ from nc_patch.ops.means import slot_count
 from nc_patch.ops.problem import Problem
 from nc_patch.ops.triton.launch import Tiles, compile_options, padded_dim, shape_of
 from nc_patch.ops.triton.split import MAX_SPLITS, MOST_ARRIVALS, share
-from nc_patch.ops.triton.structs import constants
-from nc_patch.selections.topk.encode import CodeShape, key_shape
+from nc_patch.ops.triton.structs import Shape, constants
+from nc_patch.selections.topk.encode import key_shape
 
 # Keys that a guess is taken from: fewer up to so many keys, and more beyond, where a closer guess saves more keys.
 _SAMPLES, _FEW_KEYS, _MOST_SAMPLES = 4096, 1 << 18, 8192
@@ -25,29 +23,20 @@ _MOST_HELD, _HELD_BESIDES = 16384, 256
 _LEAST_CHANNELS, _MATRIX_ROWS = 32, 16
 # Pages of a tile, at most.
 _PAGES = 32
-# Parts of the scratch memory begin at multiples of so many numbers.
-_ALIGNED = 32
-# Where each part begins in a ``memory`` of float32 or int32 numbers; see ``with_scratch``.
-Scratch = namedtuple(
-    "Scratch",
-    "memory samples guess positions counts scores errors reached reached_positions reached_scores threshold ties_end "
-    "page_counts arrivals peak total acc masses",
-)
 
 
 class Plan(NamedTuple):
     """How a call is divided, from shapes and host integers alone.
 
     Attributes:
-        block_rows: rows of a block. tile: keys of a tile of codes.
+        keys: that it is made for. block_rows: rows of a block. tile: keys of a tile of codes.
         samples: keys that a guess is taken from, a multiple of ``tile``, shared by ``samplers`` programs.
         held: scores that a search holds.
         rows, blocks: of all heads and sequences. splits: programs that share a block of rows.
-        segment: keys of a split, all of which it has room to list. slots: of the pages, or 0.
-        parts: of a row's softmax, of the splits and of what besides shares its pages.
-        offsets: of the parts of ``Scratch``; the last is how many numbers it holds.
+        slots: of the pages, or 0. parts: of a row's softmax, of the splits and of what besides shares its pages.
     """
 
+    keys: int
     block_rows: int
     tile: int
     samples: int
@@ -56,10 +45,13 @@ class Plan(NamedTuple):
     rows: int
     blocks: int
     splits: int
-    segment: int
     slots: int
     parts: int
-    offsets: tuple[int, ...] = ()
+
+    @property
+    def segment(self) -> int:
+        """The keys of a split at most, all of which it has room to list: every ``splits``-th tile that holds any."""
+        return -(-(-(-self.keys // self.tile) + 1) // self.splits) * self.tile
 
 
 def plan_for(problem: Problem, keys: int, architecture: str) -> Plan:
@@ -77,7 +69,6 @@ def plan_for(problem: Problem, keys: int, architecture: str) -> Plan:
     tile = 128 if few else 32 if architecture.startswith("gfx") else 64
     blocks, planned = B * Hkv * -(-group_rows // block_rows), max(_SHORTEST, triton.next_power_of_2(keys))
     splits = share(resident, blocks, planned // tile, MAX_SPLITS)
-    segment = segment_of(keys, tile, splits)
     samples = _SAMPLES if keys <= _FEW_KEYS else _MOST_SAMPLES
     # Powers of two, so that few batches take other variants.
     samplers = min(samples // tile, triton.next_power_of_2(max(1, 132 // blocks)))
@@ -88,13 +79,7 @@ def plan_for(problem: Problem, keys: int, architecture: str) -> Plan:
         # By their registers eight warps of those that go over pages fit a multiprocessor.
         parts = share(1 if largest > 128 else 2, B * Hkv * -(-group_rows // _MATRIX_ROWS), -(-slots // _PAGES))
     rows = B * Hkv * group_rows
-    plan = Plan(block_rows, tile, samples, samplers, held, rows, blocks, splits, segment, slots, splits + parts)
-    return with_scratch(plan, problem)
-
-
-def segment_of(keys: int, tile: int, splits: int) -> int:
-    """The keys of a split at most: every ``splits``-th tile of those that hold any."""
-    return -(-(-(-keys // tile) + 1) // splits) * tile
+    return Plan(keys, block_rows, tile, samples, samplers, held, rows, blocks, splits, slots, splits + parts)
 
 
 def _is_slim(problem: Problem) -> bool:
@@ -102,15 +87,15 @@ def _is_slim(problem: Problem) -> bool:
     return problem.query.dtype != torch.float32 and max(problem.head_dims) in (64, 128) and not problem.bounds
 
 
-def with_scratch(plan: Plan, problem: Problem) -> Plan:
-    """The plan with the places of what the kernels of a step hand on to each other.
+def scratch_of(plan: Plan, problem: Problem) -> dict[str, int]:
+    """What the kernels of a step leave for those after them, see ``Launches``: floats but where it says that it is int.
 
     Rows are those of ``[B, Hq, Lq]``; a block is of rows that share a list, of which each of the splits has a segment.
     An entry is a place in a block's list.
     """
     rows, blocks, bounds = plan.rows, plan.blocks, int(problem.bounds)
     splits, parts, entries = rows * plan.splits, rows * plan.parts, rows * plan.splits * plan.segment
-    lengths = {
+    return {
         # Scores of sampled keys, and from these one that the needed keys of the row should reach.
         "samples": rows * plan.samples,
         "guess": rows,
@@ -137,8 +122,6 @@ def with_scratch(plan: Plan, problem: Problem) -> Plan:
         # The three ``Masses`` of each split of each row, see ``scan.store_masses``.
         "masses": 3 * 4 * splits * bounds,
     }
-    sizes = (-(-lengths[name] // _ALIGNED) * _ALIGNED for name in Scratch._fields[1:])
-    return plan._replace(offsets=tuple(accumulate(sizes, initial=0)))
 
 
 def options_of(plan: Plan, problem: Problem, architecture: str) -> dict[str, dict[str, Any]]:
@@ -146,9 +129,7 @@ def options_of(plan: Plan, problem: Problem, architecture: str) -> dict[str, dic
     (D, DV), bounds, slim = problem.head_dims, problem.bounds, _is_slim(problem)
     amd, largest, is_float32 = architecture.startswith("gfx"), max(D, DV), problem.query.dtype == torch.float32
     channels = max(_LEAST_CHANNELS, padded_dim(D))
-    codes = constants(
-        CodeShape(D, plan.block_rows, plan.tile, channels, 2 if amd or (bounds and plan.block_rows > 8) else 3)
-    )
+    codes = constants(Shape(D, DV, plan.block_rows, plan.tile, channels, padded_dim(DV), channels))
     # float32 multiplies on the plain floating point units, where a sum at once takes too many registers.
     chunk = 32 if is_float32 else None
     scored = Tiles(_MATRIX_ROWS, max(16, min(32, 4096 // padded_dim(D))), 4, 2, chunk)
@@ -159,21 +140,19 @@ def options_of(plan: Plan, problem: Problem, architecture: str) -> dict[str, dic
     stages = 2 if amd else 3 if many else 4 if is_float32 else 5
     gathered = Tiles(_MATRIX_ROWS, _PAGES if many else 16, warps, stages, chunk)
 
-    def of_tiles(tiles: Tiles) -> dict[str, Any]:
-        return {**compile_options(tiles, architecture), "shape": shape_of(D, DV, tiles)}
-
     plain = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     # So many programs fit a multiprocessor as the plan counts on, and otherwise all registers are named.
     third = {} if amd else {"maxnreg": 168 if slim else 255}
     choosers = 16 if plan.held > 8192 else 8 if plan.held > 2048 else 4
     return {
-        "prepare": {**plain, "shape": codes, "new_keys": constants(key_shape(D)), "SAMPLES": plan.samples,
-                    "SAMPLERS": plan.samplers, "DV": DV, "BLOCK_DV": padded_dim(DV)},
+        "prepare": {**plain, "shape": codes, "new_keys": key_shape(D, DV), "SAMPLES": plan.samples,
+                    "SAMPLERS": plan.samplers},
         "guess": {**plain, "num_warps": 16 if plan.samples > 4096 else 8, "SAMPLES": plan.samples},
         "scan": {**plain, "num_warps": 8 if largest > 128 and not amd else 4, **third, "shape": codes,
-                 "scored": shape_of(D, DV, scored), "BOUNDS": bounds},
+                 "scored": shape_of(D, DV, scored), "BOUNDS": bounds,
+                 "STAGES": 2 if amd or (bounds and plan.block_rows > 8) else 3},
         "choose": {**plain, **({} if amd else {"maxnreg": min(255, 2048 // choosers)}), "num_warps": choosers,
                    "BLOCK_E": plan.held},
-        "gather": {**of_tiles(gathered), **third, "BOUNDS": bounds,
-                   "join_shape": shape_of(D, DV, replace(gathered, rows=plan.block_rows))},
+        "gather": {**compile_options(gathered, architecture), **third, "shape": shape_of(D, DV, gathered),
+                   "BOUNDS": bounds, "join_shape": shape_of(D, DV, replace(gathered, rows=plan.block_rows))},
     }  # fmt: skip

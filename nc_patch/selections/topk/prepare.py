@@ -10,15 +10,7 @@ from nc_patch.ops.triton.split import MOST_ARRIVALS
 from nc_patch.ops.triton.structs import PER_CALL
 from nc_patch.ops.triton.tail import PAGE
 from nc_patch.selections.topk.encode import encode_run
-from nc_patch.selections.topk.scan import (
-    code_products,
-    coded_rows,
-    coded_scores,
-    codes_of_head,
-    integers,
-    one_row,
-    rivals_of,
-)
+from nc_patch.selections.topk.scan import code_products, coded_rows, coded_scores, codes_of_head, one_row, rivals_of
 
 # The golden ratio's fraction in units of 2**-16, and odd.
 _GOLDEN = tl.constexpr(40503)
@@ -32,9 +24,8 @@ _DEVIATIONS = tl.constexpr(5.0)
 
 @triton.jit(do_not_specialize=[*PER_CALL, "length", "slots", "new", "touched"])
 def prepare_kernel(
-    query, key, value, codes, mean_key, mean_value, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk,
-    sink_keys, recent_keys, length, slots, new, touched, shape, new_keys, SAMPLES: tl.constexpr, SAMPLERS: tl.constexpr,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    query, key, value, codes, means, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys,
+    length, slots, new, touched, shape, new_keys, SAMPLES: tl.constexpr, SAMPLERS: tl.constexpr,
 ):  # fmt: skip
     """Approximate scores, ``samples``, of keys drawn from even shares of the rivals of a block of rows.
 
@@ -56,7 +47,7 @@ def prepare_kernel(
         first, last, _needed = rivals_of(rows, sink_keys, recent_keys)
         begin, end = span(first, last, last > first)
         end = tl.maximum(tl.minimum(end, first_new), begin)
-        samples = scratch.memory + scratch.samples + (rows.row * SAMPLES)[:, None]
+        samples = scratch.floats + scratch.samples + (rows.row * SAMPLES)[:, None]
         for start in tl.range(number * (SAMPLES // SAMPLERS), (number + 1) * (SAMPLES // SAMPLERS), shape.BLOCK_N):
             place = start + tl.arange(0, shape.BLOCK_N)
             at = (place.to(tl.int64) << 16) + (place * _GOLDEN & 0xFFFF)
@@ -76,7 +67,7 @@ def prepare_kernel(
             begin = first_new.to(tl.int64) + number * new_keys.BLOCK_N
             stop = tl.minimum(first_new + new, tl.minimum(Lk, length)).to(tl.int64)
             encode_run(keys, codes, rows.batch * num_kv_heads + rows.kv_head, begin, stop, length, new_keys)
-        elif mean_key is not None:
+        elif means is not None:
             origin = tl.load(inputs.origin + rows.batch * Lq + Lq - 1)
             # Division that rounds down, for origins before the first key too.
             residue = origin.to(tl.int64) & (PAGE - 1)
@@ -87,12 +78,12 @@ def prepare_kernel(
             slot = changed + (number - tiles) + tl.arange(0, 1)
             start = slot * PAGE + residue
             average_rows(
-                head_of(key, rows.batch, rows.kv_head), head_of(mean_key, rows.batch, rows.kv_head), start, slot,
+                head_of(key, rows.batch, rows.kv_head), head_of(means.key, rows.batch, rows.kv_head), start, slot,
                 slot >= 0, 0, Lk, shape.D, PAGE, new_keys.BLOCK_D,
             )  # fmt: skip
             average_rows(
-                head_of(value, rows.batch, rows.kv_head), head_of(mean_value, rows.batch, rows.kv_head), start, slot,
-                slot >= 0, 0, Lk, DV, PAGE, BLOCK_DV,
+                head_of(value, rows.batch, rows.kv_head), head_of(means.value, rows.batch, rows.kv_head), start, slot,
+                slot >= 0, 0, Lk, shape.DV, PAGE, new_keys.BLOCK_DV,
             )  # fmt: skip
 
 
@@ -105,15 +96,11 @@ def guess_kernel(
     Sets to zero what later kernels count in: ``reached``, ``page_counts`` and ``arrivals``.
     """
     row = one_row(inputs, budget_heads, num_kv_heads, group, Lq, Lk)
-    arrivals = integers(scratch, scratch.arrivals) + row.row * MOST_ARRIVALS
-    tl.store(arrivals + tl.arange(0, MOST_ARRIVALS), tl.zeros([MOST_ARRIVALS], tl.int32))
-    tl.store(integers(scratch, scratch.reached) + row.row * 2 + tl.arange(0, 2), tl.zeros([2], tl.int32))
-    for begin in range(0, slots, _ZEROS):
-        slot = begin + tl.arange(0, _ZEROS)
-        at = integers(scratch, scratch.page_counts) + row.row * slots + slot
-        tl.store(at, tl.zeros([_ZEROS], tl.int32), mask=slot < slots)
+    set_zero(scratch.integers + scratch.arrivals + row.row * MOST_ARRIVALS, MOST_ARRIVALS)
+    set_zero(scratch.integers + scratch.reached + row.row * 2, 2)
+    set_zero(scratch.integers + scratch.page_counts + row.row * slots, slots)
     first, last, needed = rivals_of(row, sink_keys, recent_keys)
-    sampled = tl.load(scratch.memory + scratch.samples + row.row * SAMPLES + tl.arange(0, SAMPLES))
+    sampled = tl.load(scratch.floats + scratch.samples + row.row * SAMPLES + tl.arange(0, SAMPLES))
     ranks = tl.where(sampled > float("-inf"), rank_of(sampled), NO_RANK)
     size = tl.sum((ranks > NO_RANK).to(tl.int32), axis=0)
     share = needed.to(tl.float32) * size.to(tl.float32) / tl.maximum(last - first, 1).to(tl.float32)
@@ -123,4 +110,12 @@ def guess_kernel(
         low = tl.min(tl.where(ranks > NO_RANK, ranks, RANK_INFINITY), axis=0)
         bracket = Bracket(low, tl.max(ranks, axis=0) + 1, size, size * 0)
         guess = score_of(search(bracket, place, count_ranks, ranks).low)
-    tl.store(scratch.memory + scratch.guess + row.row, guess)
+    tl.store(scratch.floats + scratch.guess + row.row, guess)
+
+
+@triton.jit
+def set_zero(pointer, count):
+    """Sets ``count`` int32 to zero."""
+    for begin in range(0, count, _ZEROS):
+        place = begin + tl.arange(0, _ZEROS)
+        tl.store(pointer + place, tl.zeros([_ZEROS], tl.int32), mask=place < count)

@@ -7,6 +7,7 @@ All that a row does not collect scores less than its guess; so the best are coll
 the tensor cores. Both vectors of all rows are stacked into one operand, of as many rows as a matrix instruction takes.
 """
 
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import triton
@@ -45,12 +46,8 @@ class CodedRows(NamedTuple):
     slack: Any
 
 
-class Entries(NamedTuple):
-    """A program's share of a block's entries, ``begin:stop``; ``positions`` points to those of all entries."""
-
-    positions: Any
-    begin: Any
-    stop: Any
+# Of each row: the rivals ``[first, last)`` that it collects where they score ``least`` or more.
+Sought = namedtuple("Sought", "first last least")
 
 
 class Masses(NamedTuple):
@@ -68,7 +65,7 @@ class Masses(NamedTuple):
 @triton.jit(do_not_specialize=[*PER_CALL, "length", "splits", "segment", "again"])
 def scan_kernel(
     query, key, codes, inputs, scratch, budget_heads, num_kv_heads, group, Lq, Lk, sink_keys, recent_keys, length,
-    splits, segment, again, settings, shape, scored, BOUNDS: tl.constexpr,
+    splits, segment, again, settings, shape, scored, STAGES: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """Lists, of every ``splits``-th tile of keys, those that may reach the ``guess`` of any row or are forced for one.
 
@@ -76,45 +73,60 @@ def scan_kernel(
     its rivals that reach its guess. Where fewer do than it needs, the guess was too high: launched ``again``, the rows
     of such a block list every key they see, and those that were short collect all their rivals. With ``BOUNDS`` also
     the masses of the keys that are not listed. ``scored`` is the shape of the tiles of exact scores.
+    ``STAGES`` tiles of codes are on their way at once.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
-    least = tl.load(scratch.memory + scratch.guess + rows.row, mask=rows.valid, other=float("inf"))
-    at_work = again == 0
-    if again:
-        short = is_short(scratch, rows, sink_keys, recent_keys)
-        least = tl.where(short, float("-inf"), least)
-        at_work = tl.max(short.to(tl.int32), axis=0) > 0
-    if at_work:
-        listed = list_keys(
-            query, codes, rows, least, scratch, num_kv_heads, sink_keys, recent_keys, length, splits, segment, settings,
-            shape, BOUNDS,
-        )  # fmt: skip
-        entries = entries_of(scratch, splits, segment, listed)
+    sought = rivals_sought(scratch, rows, again, sink_keys, recent_keys)
+    if (again == 0) | (tl.max(sought.last - sought.first, axis=0) > 0):
+        positions, count, first = entries_of(scratch, splits, segment)
+        of_head = codes_of_head(codes, rows, num_kv_heads, length, shape)
+        coded = coded_rows(query, rows, of_head, shape)
+        listed, unlisted = list_keys(
+            coded, of_head, rows, sought, positions + first, splits, settings, shape, STAGES, BOUNDS
+        )
+        tl.store(count, listed)
+        if BOUNDS:
+            store_masses(scratch, rows, splits, 0, unlisted)
+        # What other threads have stored is read back.
+        tl.debug_barrier()
         tile_rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, scored.BLOCK_M)
+        tile_sought = rivals_sought(scratch, tile_rows, again, sink_keys, recent_keys)
         keys = head_of(key, tile_rows.batch, tile_rows.kv_head)
         collect(
-            query, keys, tile_rows, entries, scratch, again, sink_keys, recent_keys, splits * segment, scored, BOUNDS
-        )
+            query, keys, tile_rows, tile_sought, positions, first, first + listed, scratch, splits * segment, again,
+            scored, BOUNDS,
+        )  # fmt: skip
+
+
+@triton.jit
+def rivals_sought(scratch, rows, again, sink_keys, recent_keys):
+    """What rows collect (``Sought``): the rivals that reach their guess.
+
+    ``again``, rows that have collected fewer than they need collect all, and the others none.
+    """
+    first, last, needed = rivals_of(rows, sink_keys, recent_keys)
+    least = tl.load(scratch.floats + scratch.guess + rows.row, mask=rows.valid, other=float("inf"))
+    if again:
+        reached = tl.load(scratch.integers + scratch.reached + rows.row * 2, mask=rows.valid, other=0)
+        last = tl.where(reached < needed, last, first)
+        least = tl.where(reached < needed, float("-inf"), least)
+    return Sought(first, last, least)
 
 
 @triton.jit
 def list_keys(
-    query, codes, rows, least, scratch, num_kv_heads, sink_keys, recent_keys, length, splits, segment, settings, shape,
-    BOUNDS: tl.constexpr,
+    coded, codes, rows, sought, positions, splits, settings, shape, STAGES: tl.constexpr, BOUNDS: tl.constexpr
 ):  # fmt: skip
-    """Lists the keys of a program that may reach the scores ``least`` of any of its rows; returns how many they are."""
-    codes = codes_of_head(codes, rows, num_kv_heads, length, shape)
-    coded = coded_rows(query, rows, codes, shape)
-    first, last, _needed = rivals_of(rows, sink_keys, recent_keys)
+    """Lists the keys of a program that any of its rows may seek, or sees and does not choose by score.
+
+    Returns how many they are and, with ``BOUNDS``, the ``Masses`` of the others.
+    """
     lowest, highest = span(rows.start, rows.end, rows.end > rows.start)
-    split = tl.program_id(1)
-    own = tl.program_id(0).to(tl.int64) * splits + split
-    positions = integers(scratch, scratch.positions) + own * segment
     n = tl.arange(0, shape.BLOCK_N)
     listed = 0
     unlisted = no_masses(shape.BLOCK_M)
     for tile in tl.range(
-        lowest // shape.BLOCK_N + split, tl.cdiv(highest, shape.BLOCK_N), splits, num_stages=shape.STAGES
+        lowest // shape.BLOCK_N + tl.program_id(1), tl.cdiv(highest, shape.BLOCK_N), splits, num_stages=STAGES
     ):
         begin = tl.cast(tile, tl.int64) * shape.BLOCK_N
         columns = tile * shape.BLOCK_N + n
@@ -126,85 +138,74 @@ def list_keys(
         error = coded.per_residual[:, None] * residual[None, :] + (
             coded.per_scale[:, None] * sizes[None, :] + coded.slack[:, None]
         )
-        rival = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
         seen = (columns[None, :] >= rows.start[:, None]) & (columns[None, :] < rows.end[:, None])
+        rival = (columns[None, :] >= sought.first[:, None]) & (columns[None, :] < sought.last[:, None])
         # NaN is below nothing, so that a key whose score is not known at all is listed.
-        chosen = tl.max((seen & ~(rival & (score + error < least[:, None]))).to(tl.int32), axis=0)
+        chosen = tl.max((seen & ~(rival & (score + error < sought.least[:, None]))).to(tl.int32), axis=0)
         place = listed + tl.cumsum(chosen, axis=0) - chosen
         tl.store(positions + place, columns, mask=chosen > 0)
         listed += tl.sum(chosen, axis=0)
         if BOUNDS:
             unlisted = add_masses(unlisted, score, error, seen & (chosen == 0)[None, :], settings)
-    tl.store(integers(scratch, scratch.counts) + own, listed)
-    if BOUNDS:
-        store_masses(scratch, rows.row * splits + split, 0, unlisted, rows.valid)
-    # What other threads have stored is read back.
-    tl.debug_barrier()
-    return listed
-
-
-@triton.jit
-def entries_of(scratch, splits, segment, count):
-    """The ``Entries`` of this program: ``count`` listed keys."""
-    split = tl.program_id(1)
-    positions = integers(scratch, scratch.positions) + tl.program_id(0).to(tl.int64) * splits * segment
-    return Entries(positions, split * segment, split * segment + count)
+    return listed, unlisted
 
 
 @triton.jit
 def collect(
-    query, keys, rows, entries, scratch, again, sink_keys, recent_keys, stride, shape, BOUNDS: tl.constexpr
+    query, keys, rows, sought, positions, first, stop, scratch, stride, again, shape, BOUNDS: tl.constexpr
 ):  # fmt: skip
-    """Scores entries exactly, and adds those that are a row's rivals and reach its guess to the row's collection.
+    """Scores the keys of the entries ``first:stop`` exactly, and adds those that a row seeks to its collection.
 
-    ``again``, only rows that were short collect, all their rivals. Places in a collection are given out to a program at
-    once, after it has counted. Their order is no matter: it is a set. With ``BOUNDS`` what scores may be off by is
-    stored, too.
+    Places in a collection are given out to a program at once, after it has counted. Their order is no matter: it is a
+    set. With ``BOUNDS`` what scores may be off by is stored, too.
     """
     queries = load_queries(query, rows, shape)
-    first, last, _needed = rivals_of(rows, sink_keys, recent_keys)
-    least = tl.load(scratch.memory + scratch.guess + rows.row, mask=rows.valid, other=float("inf"))
-    if again:
-        short = is_short(scratch, rows, sink_keys, recent_keys)
-        least = tl.where(short, float("-inf"), least)
-        last = tl.where(short, last, first)
     taken = tl.zeros([shape.BLOCK_M], dtype=tl.int32)
-    for begin in tl.range(entries.begin, entries.stop, shape.BLOCK_N, num_stages=2):
-        e = begin + tl.arange(0, shape.BLOCK_N)
-        here = e < entries.stop
-        position = tl.load(entries.positions + e, mask=here, other=0)
-        score, error = exact_scores(queries, keys, position, here, shape, BOUNDS)
-        at = rows.row[:, None] * stride + e[None, :]
+    for begin in tl.range(first, stop, shape.BLOCK_N, num_stages=2):
+        at, position, here = entries_at(rows, positions, begin, stop, stride, shape)
         inside = rows.valid[:, None] & here[None, :]
-        tl.store(scratch.memory + scratch.scores + at, score, mask=inside)
+        score, error = exact_scores(queries, keys, position, here, shape, BOUNDS)
+        tl.store(scratch.floats + scratch.scores + at, score, mask=inside)
         if BOUNDS:
-            tl.store(scratch.memory + scratch.errors + at, error, mask=inside)
-        taken += tl.sum(reaching(score, position, inside, first, last, least), axis=1)
-    counts = integers(scratch, scratch.reached) + rows.row * 2 + again
+            tl.store(scratch.floats + scratch.errors + at, error, mask=inside)
+        taken += tl.sum(are_sought(score, position, inside, sought), axis=1)
+    counts = scratch.integers + scratch.reached + rows.row * 2 + again
     taken = tl.atomic_add(counts, taken, mask=rows.valid & (taken > 0), sem="relaxed")
     # What other threads have stored is read back.
     tl.debug_barrier()
-    for begin in range(entries.begin, entries.stop, shape.BLOCK_N):
-        e = begin + tl.arange(0, shape.BLOCK_N)
-        position = tl.load(entries.positions + e, mask=e < entries.stop, other=0)
-        inside = rows.valid[:, None] & (e < entries.stop)[None, :]
-        score = tl.load(
-            scratch.memory + scratch.scores + rows.row[:, None] * stride + e[None, :], mask=inside, other=0.0
-        )
-        ones = reaching(score, position, inside, first, last, least)
-        at = rows.row[:, None] * stride + taken[:, None] + tl.cumsum(ones, axis=1) - ones
-        places = integers(scratch, scratch.reached_positions) + at
-        tl.store(places, tl.broadcast_to(position[None, :], at.shape), mask=ones > 0)
-        tl.store(scratch.memory + scratch.reached_scores + at, score, mask=ones > 0)
+    for begin in range(first, stop, shape.BLOCK_N):
+        at, position, here = entries_at(rows, positions, begin, stop, stride, shape)
+        inside = rows.valid[:, None] & here[None, :]
+        score = tl.load(scratch.floats + scratch.scores + at, mask=inside, other=0.0)
+        ones = are_sought(score, position, inside, sought)
+        place = (rows.row * stride + taken)[:, None] + tl.cumsum(ones, axis=1) - ones
+        where = scratch.integers + scratch.reached_positions + place
+        tl.store(where, tl.broadcast_to(position[None, :], place.shape), mask=ones > 0)
+        tl.store(scratch.floats + scratch.reached_scores + place, score, mask=ones > 0)
         taken += tl.sum(ones, axis=1)
 
 
 @triton.jit
-def reaching(score, position, inside, first, last, least):
-    """1 for the entries ``inside`` that are rivals of a row, ``first:last``, and reach its ``least`` score."""
-    rival = (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
+def entries_of(scratch, splits, segment):
+    """Pointers to the positions of a block's entries and to how many a program has; the first entry that it has."""
+    block = tl.program_id(0).to(tl.int64) * splits
+    positions = scratch.integers + scratch.positions + block * segment
+    return positions, scratch.integers + scratch.counts + block + tl.program_id(1), tl.program_id(1) * segment
+
+
+@triton.jit
+def entries_at(rows, positions, begin, stop, stride, shape):
+    """Of ``BLOCK_N`` entries: places by row, which has ``stride``; positions; whether they come before ``stop``."""
+    e = begin + tl.arange(0, shape.BLOCK_N)
+    return rows.row[:, None] * stride + e[None, :], tl.load(positions + e, mask=e < stop, other=0), e < stop
+
+
+@triton.jit
+def are_sought(score, position, inside, sought):
+    """1 for the entries ``inside`` that a row seeks, 0 for the others."""
+    rival = (position[None, :] >= sought.first[:, None]) & (position[None, :] < sought.last[:, None])
     # NaN reaches any score.
-    return (inside & rival & ~(score < least[:, None])).to(tl.int32)
+    return (inside & rival & ~(score < sought.least[:, None])).to(tl.int32)
 
 
 @triton.jit
@@ -225,19 +226,6 @@ def exact_scores(queries, keys, position, here, shape, BOUNDS: tl.constexpr):
         if BOUNDS:
             size = dot(tl.abs(part), tl.abs(tile), size)
     return score, size * ((shape.D + 16) * _MATRIX_ULP)
-
-
-@triton.jit
-def is_short(scratch, rows, sink_keys, recent_keys):
-    """Whether rows have collected fewer rivals at first than they need, so that the list was not complete for them."""
-    _first, _last, needed = rivals_of(rows, sink_keys, recent_keys)
-    return tl.load(integers(scratch, scratch.reached) + rows.row * 2, mask=rows.valid, other=0) < needed
-
-
-@triton.jit
-def integers(scratch, offset):
-    """A pointer to a part of ``Scratch`` that holds int32 numbers; others begin at ``scratch.memory + offset``."""
-    return (scratch.memory + offset).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
@@ -368,13 +356,10 @@ def add_masses(masses, score, error, among, settings):
 
 
 @triton.jit
-def store_masses(scratch, at, kind, masses, valid):
-    """Stores ``Masses`` of one of three kinds: of keys not listed, of keys attended, or of the other entries.
-
-    ``at`` numbers the splits of all rows.
-    """
-    places = scratch.memory + scratch.masses + (at * 3 + kind) * 4
-    tl.store(places, masses.least_peak, mask=valid)
-    tl.store(places + 1, masses.least_total, mask=valid)
-    tl.store(places + 2, masses.most_peak, mask=valid)
-    tl.store(places + 3, masses.most_total, mask=valid)
+def store_masses(scratch, rows, splits, kind, masses):
+    """Stores a split's ``Masses`` of one of three kinds: of keys not listed, of keys attended, of the other entries."""
+    at = scratch.floats + scratch.masses + ((rows.row * splits + tl.program_id(1)) * 3 + kind) * 4
+    tl.store(at, masses.least_peak, mask=rows.valid)
+    tl.store(at + 1, masses.least_total, mask=rows.valid)
+    tl.store(at + 2, masses.most_peak, mask=rows.valid)
+    tl.store(at + 3, masses.most_total, mask=rows.valid)
