@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import carray
 
 from nc_patch.ops.cpu.launch import KINDS, Kernel
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES
@@ -134,9 +133,8 @@ def _is_ready(tensor: torch.Tensor, multiple: int) -> bool:
 
 
 @Kernel
-def _copy_kernel(pointer, item, scratch):
+def _copy_kernel(p, item, scratch):
     """Converts up to ``_ROWS`` rows of one head; those that the last panel lacks are zero."""
-    p = carray(pointer, 1)[0]
     chunks = (p.N + _ROWS - 1) // _ROWS
     head, first = item // chunks, item % chunks * _ROWS
     source, target = p.key + head * p.key_h, p.output + head * p.output_h

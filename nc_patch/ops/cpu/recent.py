@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import torch
-from numba import carray
 
 from nc_patch.ops.cpu import columns
 from nc_patch.ops.cpu import rows as of_rows
@@ -57,9 +56,8 @@ def _attend(problem: Problem, first_keys: int) -> Outputs:
 
 
 @Kernel
-def _attend_kernel(pointer, item, scratch):
+def _attend_kernel(p, item, scratch):
     """The rows of a tile, up to 32 queries at a time, between whose intervals no key lies: none is read unseen."""
-    p = carray(pointer, 1)[0]
     head, first, last = of_rows.tile_of(p, item)
     rows = last - first
     pieces = memory_of(p, scratch)[8]
@@ -91,9 +89,8 @@ def _attend_kernel(pointer, item, scratch):
 
 
 @Kernel
-def _look_kernel(pointer, item, scratch):
+def _look_kernel(p, item, scratch):
     """A run of keys of one head: their largest squared norm, and the log-sum-exp of each query of the group."""
-    p = carray(pointer, 1)[0]
     runs = (p.N + PIECE - 1) // PIECE
     head, run = item // runs, item % runs
     batch, kv_head = head // p.heads, head % p.heads

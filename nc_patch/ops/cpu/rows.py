@@ -3,15 +3,12 @@
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
-from numba.extending import register_jitable
 
 from nc_patch.ops.cpu import vectors
+from nc_patch.ops.cpu.launch import compiled
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
 from nc_patch.ops.cpu.vectors import dot, f32, from_floats, i32, largest, product, set_f32, set_i32, to_floats
-
-compiled = numba.njit(nogil=True, error_model="numpy")
 
 INF = np.float32(np.inf)
 _LARGEST = np.finfo(np.float32).max
@@ -20,13 +17,13 @@ LOG2E = math.log2(math.e)
 SAMPLED, _FEW = 512, 1024
 
 
-@register_jitable
+@compiled
 def padded(count: int) -> int:
     """``count``, rounded up to whole vectors."""
     return (count + LANES - 1) // LANES * LANES
 
 
-@register_jitable
+@compiled
 def tiles_in(count: int) -> int:
     """How many tiles ``count`` columns take."""
     return (count + COLUMNS - 1) // COLUMNS

@@ -5,7 +5,6 @@ Chosen blocks that lie side by side are attended as one run of keys, by 32 queri
 """
 
 import numpy as np
-from numba import carray
 
 from nc_patch.ops.cpu import columns, vectors
 from nc_patch.ops.cpu.columns import PIECE, add_run
@@ -48,9 +47,8 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
 
 
 @Kernel
-def _attend_kernel(pointer, item, scratch):
+def _attend_kernel(p, item, scratch):
     """One query block of one head; the last ones, which see most keys, come first."""
-    p = carray(pointer, 1)[0]
     head, number = item % p.heads, p.blocks - 1 - item // p.heads
     at = p.plan + 4 * PLAN_COLUMNS * number
     block = PlannedBlock(i32(at, 0), i32(at, 1), i32(at, 2), i32(at, 3), i32(at, 4), i32(at, 5), i32(at, 6), i32(at, 7),

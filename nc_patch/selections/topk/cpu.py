@@ -6,7 +6,6 @@ over the tile. Where all rows of a tile attend all that they see, their weights 
 """
 
 import numpy as np
-from numba import carray
 
 from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu.launch import Kernel, memory_of
@@ -48,9 +47,8 @@ def cpu_topk_attention(problem: Problem, sink_keys: int, recent_keys: int) -> At
 
 
 @Kernel
-def _attend_kernel(pointer, item, scratch):
+def _attend_kernel(p, item, scratch):
     """One tile: its scores, then row by row the softmax and its product with the values."""
-    p = carray(pointer, 1)[0]
     head, first, last = of_rows.tile_of(p, item)
     rows = last - first
     tile = (p.group * rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray
 
 from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu import vectors
@@ -96,9 +95,8 @@ def cpu_take_in_(
 
 
 @Kernel
-def _take_in_kernel(pointer, item, scratch):
+def _take_in_kernel(p, item, scratch):
     """A run of keys of one head."""
-    p = carray(pointer, 1)[0]
     runs = (p.N + _KEYS - 1) // _KEYS
     head = item // runs
     first = i32(p.first_new, head // p.heads)
@@ -149,9 +147,8 @@ def _weigh_query(p, x, head, state):
 
 
 @Kernel
-def _scan_kernel(pointer, item, scratch):
+def _scan_kernel(p, item, scratch):
     """A run of keys of one head: new ones are taken in, scores are bounded from below, page means are scored."""
-    p = carray(pointer, 1)[0]
     runs = (p.N + _KEYS - 1) // _KEYS
     head, begin = item // runs, item % runs * _KEYS
     batch, kv_head = head // p.heads, head % p.heads
@@ -235,9 +232,8 @@ def _average(p, rows, step, target, width, x):
 
 
 @Kernel
-def _attend_kernel(pointer, item, scratch):
+def _attend_kernel(p, item, scratch):
     """One query of one head: its threshold, its best keys, and softmax times value over those."""
-    p = carray(pointer, 1)[0]
     row = row_of(p, *of_rows.decoded(p, item))
     batch, kv_head = row.batch, row.head // p.group
     scores, places, listed, exact, counts, x, out, sample = memory_of(p, scratch)[:8]
