@@ -48,7 +48,7 @@ _HEADER = ("items", "item", "worker", "memory", "scratch", "function", "here")
 _TENSORS = ("query", "key", "value", "output", "codes", "scales", "mean_key", "mean_value", "choice", "kept")
 _STEPS = {name: [f"{name}_{step}" for step in "bhn"] for name in _TENSORS}
 _INTEGERS = """
-    visible origin budget budget_b budget_h sinks kind new group heads Lq N D Dv width lse lse_kept attended panels
+    visible origin budget budget_b budget_h sinks kind new group heads Lq N D Dv width lse lse_kept attended
     rows first queries sink_keys recent_keys columns slots size room count mean_count plan blocks law recent samples
     table table_b pages key_block key_row value_block value_row estimates
     residuals center spread coded bounds bounds_n first_new tile squares pairs

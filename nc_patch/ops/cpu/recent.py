@@ -11,7 +11,7 @@ from nc_patch.ops.cpu.columns import PIECE, add_run
 from nc_patch.ops.cpu.launch import Kernel, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS
 from nc_patch.ops.cpu.parts import Outputs, arguments_of, parts_of
-from nc_patch.ops.cpu.rows import INF, LOG2E, budget_of, padded, row_in
+from nc_patch.ops.cpu.rows import INF, LARGEST, LOG2E, budget_of, padded, row_in
 from nc_patch.ops.cpu.vectors import dot, exponentials, largest, set_f32
 from nc_patch.ops.problem import AttentionResult, Problem
 
@@ -106,8 +106,7 @@ def _look_kernel(p, item, scratch):
         of_rows.score_rows(p, x, keys + first * p.key_n, p.key_n, count, scores)
         of_rows.cap(scores, count, p.scale, p.softcap)
         of_rows.pad_row(scores, count, -INF)
-        shift = largest(scores, padded(count))
-        shift = np.float32(0) if shift == -INF else shift
+        shift = max(largest(scores, padded(count)), -LARGEST)
         total = exponentials(scores, padded(count), shift, np.float32(p.factor), 0, 0)
         set_f32(p.lse, run * p.rows + row.number, np.float32(shift * p.factor / LOG2E + math.log(total)))
     for j in range(max(low, run * PIECE), min(high, (run + 1) * PIECE)):

@@ -11,7 +11,7 @@ from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
 from nc_patch.ops.cpu.vectors import dot, f32, from_floats, i32, largest, product, set_f32, set_i32, to_floats
 
 INF = np.float32(np.inf)
-_LARGEST = np.finfo(np.float32).max
+LARGEST = np.finfo(np.float32).max
 LOG2E = math.log2(math.e)
 # Scores of a row that a first guess of its threshold is taken from, and rows that are too short for one.
 SAMPLED, _FEW = 512, 1024
@@ -129,7 +129,7 @@ def kth_largest(row, count, k, least):
     """
     if vectors.count_from(row, count, INF) >= k:
         return INF
-    hi = min(largest(row, count), _LARGEST)
+    hi = min(largest(row, count), LARGEST)
     high = vectors.count_from(row, count, hi)
     if high >= k:
         return hi
@@ -142,7 +142,7 @@ def kth_largest(row, count, k, least):
             step *= np.float32(2)
             lo = hi - step
         if not lo > -INF:
-            lo = -_LARGEST
+            lo = -LARGEST
         high = vectors.count_from(row, count, hi)
     low = vectors.count_from(row, count, lo)
     if low < k:

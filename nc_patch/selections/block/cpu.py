@@ -120,8 +120,6 @@ def _weigh(p, head, scratch, block, shares, weights):
             columns.set_column(p, at, column, row_of(p, 0, head * p.group + (r + column) // samples, i), 0, 0)
         clear = columns.clear_run(at, count)
         fill(logits, COLUMNS * width, -INF)
-        fill(at.maxima, COLUMNS, -INF)
-        fill(at.sums, COLUMNS, np.float32(0))
         for j in range(0, width, at_once):
             first = start + j * p.size
             last = min(first + at_once * p.size, start + width * p.size)
@@ -132,8 +130,7 @@ def _weigh(p, head, scratch, block, shares, weights):
                 keys = min(start + (k + 1) * p.size, p.N) - key
                 vectors.column_maxima(at.scores + (key - from_key) * 4 * COLUMNS, keys, logits + 4 * COLUMNS * k)
         vectors.column_maxima(logits, width, at.maxima)
-        columns.set_shifts(at)
-        vectors.column_exponentials(logits, width, at.shifts, np.float32(p.factor), at.sums)
+        vectors.column_exponentials(logits, width, at.maxima, np.float32(p.factor), at.sums)
         for column in range(COLUMNS):
             set_f32(factors, column, np.float32(1.0 / f32(at.sums, column)) if column < count else np.float32(0))
         for k in range(width):

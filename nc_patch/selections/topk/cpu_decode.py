@@ -276,11 +276,9 @@ def _candidates(p, head, bounds, first, stop, threshold, listed):
     """Lists the keys [first, stop) whose scores may reach a threshold: where the list is, and how long."""
     # Whole vectors, which lie within what there is room for; what is not asked for is cut off again.
     begin = first // LANES * LANES
-    place = 4 * (head * p.room + begin)
-    count = vectors.take_bounded(
-        bounds + 4 * begin, padded(stop - begin), p.scales + place, p.residuals + place,
-        bounds + 4 * (p.columns + p.slots), threshold, listed, begin,
-    )  # fmt: skip
+    place, row, width = 4 * (head * p.room + begin), bounds + 4 * begin, padded(stop - begin)
+    vectors.to_upper_bounds(row, width, p.scales + place, p.residuals + place, bounds + 4 * (p.columns + p.slots))
+    count = vectors.take_from(row, width, threshold, row, listed, begin, 0)
     skipped = 0
     while skipped < count and i32(listed, skipped) < first:
         skipped += 1
