@@ -66,22 +66,20 @@ _ARGUMENTS = numba.from_dtype(np.dtype([(name, "f8" if name in _FLOATS else "i8"
 class _Part(JITCodeLibrary):
     """What kernels call: LLVM optimises it, and makes machine code of it, as a part of each of them alone."""
 
-    def finalize(self) -> None:
-        for library in dict.fromkeys(self._linking_libraries):
-            self._final_module.link_in(library._get_module_for_linking(), preserve=True)
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
         self._finalized = True
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Decorator of what kernels call; the function itself. It is compiled once for each types of its arguments.
-
-    What kernels give it is no constant there, unless LLVM makes it one.
-    """
+    """Decorator of what kernels call; returns it as it is. Numba compiles it once for arguments of the same types."""
     target, flags, found = cpu_target.target_context, Flags(), {}
-    flags.error_model, flags.no_compile = "numpy", True
-    flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    flags.error_model = "numpy"
+    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
 
-    class Template(AbstractTemplate):  # type: ignore[misc]
+    class Template(AbstractTemplate):
         key = function
 
         def generic(self, given: Any, _: Any) -> Any:
