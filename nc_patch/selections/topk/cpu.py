@@ -77,15 +77,13 @@ def _attend_kernel(p, item, scratch):
     for r in range(p.group * rows):
         row = row_in(p, head, first, rows, r)
         raw, of_means, inverse = z + r * step, means + r * means_step, np.float32(0)
-        if row.end <= row.start:
-            fill(raw, padded(width), np.float32(0))
-            fill(of_means, padded(slots), np.float32(0))
-        elif whole:
+        sees = row.end > row.start  # else what is added up for it is zeroed below
+        if sees and whole:
             seen_from, seen_to = row.start - base, row.end - base
             cap(raw + 4 * seen_from, seen_to - seen_from, p.scale, p.softcap)
             of_rows.fill_outside(raw, padded(width), seen_from, seen_to, -INF)
             inverse = softmax_row(p, row, raw, width, 0, 0, 0)
-        else:
+        elif sees:
             k = min(budget_of(p, row), row.end - row.start)
             list_best(p, row, raw + 4 * (row.start - base), k, scores, places, sample)
             inverse, slot, counted = weigh_list(p, row, scores, places, k, of_means, slots, counts)

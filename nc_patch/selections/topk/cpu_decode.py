@@ -3,7 +3,7 @@
 Two launches. In the first an item is a run of keys of one key/value head: it takes in the new keys among them, bounds
 the scores of all queries of the group from below, and scores the run's page means. In the second an item is one query
 and head: it finds the threshold of its bounds, scores the keys that may reach it, and attends the best. Without codes
-the first scores the keys themselves.
+the first scores the keys themselves. Without queries it builds an index.
 """
 
 import math
@@ -52,6 +52,8 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
         "sink_keys": sink_keys, "recent_keys": recent_keys, "coded": bool(index) and D % LANES == 0,
     }  # fmt: skip
     arguments |= _index_of(index, means)
+    if problem.new:
+        arguments["first_new"] = problem.visible[..., 1].amax(1) - problem.new
     for first in range(0, Lq, at_once):
         queries = min(at_once, Lq - first)
         arguments |= {"first": first, "queries": queries}
@@ -87,24 +89,15 @@ def cpu_take_in_(
         codes: those of ``KeyCodes``, contiguous, as an index has them. means: page means.
     """
     (B, Hkv, N, D), Dv = key.shape, value.shape[3]
-    _take_in_kernel(
-        B * Hkv * -(-N // _KEYS), [2 * padded(max(D, Dv))], key=last_dense(key), value=last_dense(value),
+    _scan_kernel(
+        B * Hkv * -(-N // _KEYS), [0, 0, 2 * padded(max(D, Dv))], key=last_dense(key), value=last_dense(value),
         origin=origin.to(torch.int32).contiguous(), first_new=first.to(torch.int32).contiguous(), new=count, heads=Hkv,
         Lq=1, N=N, D=D, Dv=Dv, kind=KINDS[key.dtype], **_index_of(codes, means),
     )  # fmt: skip
 
 
-@Kernel
-def _take_in_kernel(p, item, scratch):
-    """A run of keys of one head."""
-    runs = (p.N + _KEYS - 1) // _KEYS
-    head = item // runs
-    first = i32(p.first_new, head // p.heads)
-    take_in(p, head, item % runs * _KEYS, first, min(first + p.new, p.N), scratch)
-
-
 @compiled
-def take_in(p, head, begin, first, end, scratch):
+def _take_in(p, head, begin, first, end, scratch):
     """Of a run of keys from ``begin`` on: the codes of those of [first, end), and the means of pages that have any."""
     batch, kv_head = head // p.heads, head % p.heads
     keys, values = p.key + batch * p.key_b + kv_head * p.key_h, p.value + batch * p.value_b + kv_head * p.value_h
@@ -153,14 +146,12 @@ def _scan_kernel(p, item, scratch):
     head, begin = item // runs, item % runs * _KEYS
     batch, kv_head = head // p.heads, head % p.heads
     x, raw, room = memory_of(p, scratch)[:3]
-    end, high = 0, 0
-    for i in range(p.Lq):
-        stop = row_of(p, batch, 0, i).end
-        end = max(end, stop)
-        if p.first <= i < p.first + p.queries:
-            high = max(high, stop)
+    high = 0
+    for i in range(p.first, p.first + p.queries):
+        high = max(high, row_of(p, batch, 0, i).end)
     if p.new > 0:
-        take_in(p, head, begin, end - p.new, end, room)
+        first = i32(p.first_new, batch)
+        _take_in(p, head, begin, first, min(first + p.new, p.N), room)
     keys = p.key + batch * p.key_b + kv_head * p.key_h + begin * p.key_n
     slot, place = begin // PAGE, head * p.room + begin
     mean_keys = p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h + slot * p.mean_key_n
