@@ -287,8 +287,8 @@ Few = NewType("Few", int)
 Flag = NewType("Flag", int)
 
 _VARIANTS = {Kind: (0, 1, 2), AnyKind: (0, 1, 2, 3), Few: (1, 2, 4), Flag: (0, 1)}
-_TYPES = {Int: types.int64, Float: types.float32, Rows: types.UniTuple(types.int64, 2), None: types.void}
-_TYPES |= dict.fromkeys(_VARIANTS, types.int64)
+_TYPES = dict.fromkeys((Int, *_VARIANTS), types.int64)
+_TYPES |= {Rows: types.UniTuple(types.int64, 2), Float: types.float32, None: types.void}
 
 
 def instruction(write: Callable[..., Any]) -> Any:
