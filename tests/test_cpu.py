@@ -145,6 +145,32 @@ def test_what_was_kept_on_the_disk_and_names_what_is_gone_is_compiled_anew(tmp_p
     assert b"Gone" not in file.read_bytes()
 
 
+@launch.compiled
+def twice(number):
+    return 2 * number
+
+
+def calls_twice(number):
+    twice(twice(number) + twice(3))
+
+
+def test_what_kernels_call_is_compiled_once_and_has_no_machine_code_of_its_own(tmp_path, monkeypatch):
+    parts = []
+
+    class Part(launch._Part):
+        def __init__(self, *given):
+            super().__init__(*given)
+            parts.append(self)
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launch, "_Part", Part)
+    assert launch._compile(calls_twice, numba.int64)
+    (part,) = parts
+    names = [function.name for function in part.get_defined_functions()]
+    assert names
+    assert not any(map(part.codegen._engine.is_symbol_defined, names))
+
+
 WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = None

@@ -11,7 +11,7 @@ import numpy as np
 from nc_patch.ops.cpu import rows, vectors
 from nc_patch.ops.cpu.launch import memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, TILE_ROWS
-from nc_patch.ops.cpu.rows import INF, compiled, padded
+from nc_patch.ops.cpu.rows import LARGEST, compiled, padded
 from nc_patch.ops.cpu.vectors import f32, fill, i32, product, set_f32, set_i32
 
 # Keys whose scores are held at once, and bytes of a key's.
@@ -20,7 +20,7 @@ PIECE, _KEY = 1024, 4 * COLUMNS
 
 class Columns(NamedTuple):
     """Addresses of what 32 queries have in scratch memory: queries ``[D, 32]``, limits as of ``hide_columns``, scores
-    ``[PIECE, 32]``, outputs ``[32, width]``, maxima and sums of exponentials, what is taken from scores; a row; and
+    ``[PIECE, 32]``, outputs ``[32, width]``, maxima and sums of exponentials, maxima of earlier pieces; a row; and
     values that are converted, ``[PIECE, width]``.
     """
 
@@ -30,7 +30,7 @@ class Columns(NamedTuple):
     out: int
     maxima: int
     sums: int
-    shifts: int
+    before: int
     row: int
     values: int
 
@@ -43,10 +43,12 @@ def sizes(arguments: dict[str, Any]) -> list[int]:
 
 @compiled
 def columns_at(p, scratch):
-    """Columns that are all zero and see nothing."""
+    """Columns that are all zero and see nothing; where no score is finite, the largest number is taken from it."""
     at = Columns(*memory_of(p, scratch)[:9])
     fill(at.queries, COLUMNS * p.D, np.float32(0))
     fill(at.limits, COLUMNS * 4, np.float32(0))
+    fill(at.maxima, COLUMNS, -LARGEST)
+    fill(at.sums, COLUMNS, np.float32(0))
     return at
 
 
@@ -94,14 +96,6 @@ def score_keys(p, head, at, z, first, last, clear):
 
 
 @compiled
-def set_shifts(at):
-    """What is taken from the scores of each column: the largest, or nothing where none is attended."""
-    for column in range(COLUMNS):
-        most = f32(at.maxima, column)
-        set_f32(at.shifts, column, np.float32(0) if most == -INF else most)
-
-
-@compiled
 def _within(pieces, number, low, high):
     """The part of a run of keys that lies within [low, high)."""
     first, last = max(i32(pieces, 2 * number), low), min(i32(pieces, 2 * number + 1), high)
@@ -116,8 +110,6 @@ def attend_pieces(p, head, at, pieces, number, low, high, count):
     """
     factor, clear = np.float32(p.factor), clear_run(at, count)
     fill(at.out, COLUMNS * p.width, np.float32(0))
-    fill(at.maxima, COLUMNS, -INF)
-    fill(at.sums, COLUMNS, np.float32(0))
     begin = 0
     while begin < number:
         held, stop = 0, begin
@@ -130,18 +122,17 @@ def attend_pieces(p, head, at, pieces, number, low, high, count):
             stop += 1
         if begin > 0:
             for column in range(COLUMNS):  # kept for the rescaling
-                set_f32(at.shifts, column, f32(at.maxima, column))
+                set_f32(at.before, column, f32(at.maxima, column))
         vectors.column_maxima(at.scores, held, at.maxima)
         if begin > 0:
             for column in range(count):
-                old, new = f32(at.shifts, column), f32(at.maxima, column)
+                old, new = f32(at.before, column), f32(at.maxima, column)
                 if new > old:
                     by = np.float32(2.0 ** ((old - new) * factor))
                     set_f32(at.sums, column, f32(at.sums, column) * by)
                     out = at.out + 4 * column * p.width
                     vectors.from_floats(out, out, p.width, by, 0)
-        set_shifts(at)
-        vectors.column_exponentials(at.scores, held, at.shifts, factor, at.sums)
+        vectors.column_exponentials(at.scores, held, at.maxima, factor, at.sums)
         held = 0
         for piece in range(begin, stop):
             first, last = _within(pieces, piece, low, high)
@@ -163,7 +154,7 @@ def write_column(p, at, column, row, attended):
     if attended == 0:
         fill(source, p.width, np.float32(0))
     else:
-        shift, kept = f32(at.shifts, column), f32(at.sums, column)
+        shift, kept = f32(at.maxima, column), f32(at.sums, column)
         rows.write_log_sums(p, row, shift, kept, kept)
         factor = np.float32(1.0 / (kept + rows.sink_share(p, row, shift)))
     rows.write_output(p, row, source, factor)

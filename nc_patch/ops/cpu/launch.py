@@ -19,8 +19,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import carray, types
+from numba import types
 from numba.core.caching import FunctionCache
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Flags, compile_internal
+from numba.core.registry import cpu_target
+from numba.core.typing.templates import AbstractTemplate
 
 from nc_patch.common import say_once
 from nc_patch.ops.cpu.vectors import add_to, call
@@ -44,7 +48,7 @@ _HEADER = ("items", "item", "worker", "memory", "scratch", "function", "here")
 _TENSORS = ("query", "key", "value", "output", "codes", "scales", "mean_key", "mean_value", "choice", "kept")
 _STEPS = {name: [f"{name}_{step}" for step in "bhn"] for name in _TENSORS}
 _INTEGERS = """
-    visible origin budget budget_b budget_h sinks kind new group heads Lq N D Dv width lse lse_kept attended panels
+    visible origin budget budget_b budget_h sinks kind new group heads Lq N D Dv width lse lse_kept attended
     rows first queries sink_keys recent_keys columns slots size room count mean_count plan blocks law recent samples
     table table_b pages key_block key_row value_block value_row estimates
     residuals center spread coded bounds bounds_n first_new tile squares pairs converts
@@ -56,13 +60,44 @@ _FLOATS = ("factor", "scale", "softcap", "per_scale")
 _FIELDS = [*_HEADER, *_TENSORS, *chain(*_STEPS.values()), *_INTEGERS.split(), *_ARRAYS, _sources(), *_FLOATS]
 _NOTHING = dict.fromkeys(_FIELDS, 0)
 _PACKED = struct.Struct(f"{len(_FIELDS) - len(_FLOATS)}q{len(_FLOATS)}d")
-_ARGUMENTS = types.CPointer(numba.from_dtype(np.dtype([(name, "f8" if name in _FLOATS else "i8") for name in _FIELDS])))
+_ARGUMENTS = numba.from_dtype(np.dtype([(name, "f8" if name in _FLOATS else "i8") for name in _FIELDS]))
+
+
+class _Part(JITCodeLibrary):
+    """What kernels call: LLVM optimises it, and makes machine code of it, as a part of each of them alone."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Decorator of what kernels call; returns it as it is. Numba compiles it once for arguments of the same types."""
+    target, flags, found = cpu_target.target_context, Flags(), {}
+    flags.error_model = "numpy"
+    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+
+    class Template(AbstractTemplate):
+        key = function
+
+        def generic(self, given: Any, _: Any) -> Any:
+            if given not in found:
+                library = _Part(target.codegen(), function.__qualname__)
+                part = compile_internal(self.context, target, library, function, given, None, flags, {})
+                target.insert_user_function(function, part.fndesc, [library])
+                found[given] = part.signature
+            return found[given]
+
+    cpu_target.typing_context.insert_user_function(function, Template)
+    return function
 
 
 class Kernel:
     """A function over items of work, compiled when it is first called and kept on the disk for later processes.
 
-    It is given a pointer to a record of the arguments, the number of an item, and the address of scratch memory.
+    It is given the record of the arguments, the number of an item, and the address of scratch memory.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -98,7 +133,7 @@ class Kernel:
         run(_loop(), here, threads, 0)
 
 
-@numba.njit(nogil=True)
+@compiled
 def memory_of(p, scratch):
     """The addresses of the arrays that a launch has asked for; each begins at a multiple of 64."""
     return (scratch + p.array0, scratch + p.array1, scratch + p.array2, scratch + p.array3, scratch + p.array4,
@@ -135,9 +170,8 @@ def _loop() -> Any:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_compile(_run_items, _ARGUMENTS))
 
 
-def _run_items(pointer):
+def _run_items(p):
     """Takes the items that are left, one after the other."""
-    p = carray(pointer, 1)[0]
     scratch = (p.memory + add_to(p.here + _WORKER, 1) * p.scratch + 63) // 64 * 64
     item = add_to(p.here + _ITEM, 1)
     while item < p.items:

@@ -287,7 +287,8 @@ Few = NewType("Few", int)
 Flag = NewType("Flag", int)
 
 _VARIANTS = {Kind: (0, 1, 2), AnyKind: (0, 1, 2, 3), Few: (1, 2, 4), Flag: (0, 1)}
-_TYPES = {Int: types.int64, Float: types.float32, None: types.void} | dict.fromkeys(_VARIANTS, types.int64)
+_TYPES = dict.fromkeys((Int, *_VARIANTS), types.int64)
+_TYPES |= {Rows: types.UniTuple(types.int64, 2), Float: types.float32, None: types.void}
 
 
 def instruction(write: Callable[..., Any]) -> Any:
@@ -301,20 +302,17 @@ def instruction(write: Callable[..., Any]) -> Any:
     kinds = list(annotations.values())[1:]
     variants = _VARIANTS.get(kinds[-1])
 
-    def as_written(context: Any, b: Builder, kind: Any, got: Any, value: Value) -> Any:
+    def as_written(b: Builder, kind: Any, got: Any, value: Value) -> Any:
         if kind is Known:
             return got.literal_value
-        if kind is Rows:
-            parts = zip(cgutils.unpack_tuple(b, value), got.types, strict=True)
-            return [context.cast(b, part, of, types.int64) for part, of in parts]
-        return value
+        return cgutils.unpack_tuple(b, value) if kind is Rows else value
 
     @functools.wraps(write)
     def typing(context: Any, *given: Any) -> Any:
         wanted = [_TYPES.get(kind, got) for kind, got in zip(kinds, given, strict=True)]
 
         def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            given = [as_written(context, builder, *each) for each in zip(kinds, wanted, values, strict=True)]
+            given = [as_written(builder, *each) for each in zip(kinds, wanted, values, strict=True)]
             found = _one_of(builder, write, given, variants) if variants else write(builder, *given)
             return context.get_dummy_value() if result is types.void else found
 

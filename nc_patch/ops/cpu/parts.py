@@ -7,18 +7,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numba import carray
 
-from nc_patch.ops.cpu.launch import KINDS, Kernel
+from nc_patch.ops.cpu.launch import KINDS
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES
-from nc_patch.ops.cpu.rows import LOG2E, padded, read_row, tiles_in
-from nc_patch.ops.cpu.vectors import f32, fill, set_f32
+from nc_patch.ops.cpu.rows import LOG2E, padded, tiles_in
 from nc_patch.ops.problem import Problem
 
-# Rows that an item of work copies.
-_ROWS = 256
 # Bytes of keys, and as many of values, that are copied at once.
 _MOST_BYTES = 1 << 26
 
@@ -109,20 +104,24 @@ def in_pairs(tensor: torch.Tensor) -> torch.Tensor:
 
 def as_rows(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     """``[1, H, N, D]`` in float32, D rounded up with zeros to a multiple; the tensor itself where it is like that."""
-    return tensor if _is_ready(tensor, multiple) else _copied(tensor, tensor.shape[2], padded(tensor.shape[3]))
+    if _is_ready(tensor, multiple):
+        return tensor
+    D = tensor.shape[3]
+    rows = tensor.new_empty(*tensor.shape[:3], padded(D), dtype=torch.float32)
+    rows[..., :D] = tensor
+    rows[..., D:] = 0
+    return rows
 
 
 def in_panels(tensor: torch.Tensor) -> torch.Tensor:
     """Keys ``[1, H, N, D]`` in panels ``[1, H, S, D * 32]``; keys beyond N are zero."""
-    return _copied(tensor, tiles_in(tensor.shape[2]), tensor.shape[3] * COLUMNS, panels=True)
-
-
-def _copied(tensor: torch.Tensor, rows: int, width: int, panels: bool = False) -> torch.Tensor:
     _, H, N, D = tensor.shape
-    target = torch.empty(1, H, rows, width, dtype=torch.float32, device="cpu")
-    _copy_kernel(H * -(-N // _ROWS), [padded(D)], key=last_dense(tensor), output=target, N=N, D=D,
-                 kind=KINDS[tensor.dtype], panels=panels)  # fmt: skip
-    return target
+    whole, rest = divmod(N, COLUMNS)
+    panels = tensor.new_empty(1, H, tiles_in(N), D, COLUMNS, dtype=torch.float32)
+    panels[:, :, :whole] = tensor[:, :, : N - rest].unflatten(2, (whole, COLUMNS)).transpose(3, 4)
+    panels[:, :, whole:] = 0
+    panels[:, :, whole:, :, :rest] = tensor[:, :, None, N - rest :].transpose(3, 4)
+    return panels.flatten(3)
 
 
 def last_dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -133,21 +132,3 @@ def last_dense(tensor: torch.Tensor) -> torch.Tensor:
 def _is_ready(tensor: torch.Tensor, multiple: int) -> bool:
     """Whether rows are floats without gaps, a multiple of so many of them."""
     return tensor.dtype == torch.float32 and tensor.stride(3) == 1 and tensor.shape[3] % multiple == 0
-
-
-@Kernel
-def _copy_kernel(pointer, item, scratch):
-    """Converts up to ``_ROWS`` rows of one head; those that the last panel lacks are zero."""
-    p = carray(pointer, 1)[0]
-    chunks = (p.N + _ROWS - 1) // _ROWS
-    head, first = item // chunks, item % chunks * _ROWS
-    source, target = p.key + head * p.key_h, p.output + head * p.output_h
-    for row in range(first, min(first + _ROWS, p.N if p.panels == 0 else tiles_in(p.N) * COLUMNS)):
-        if p.panels == 0:
-            read_row(target + row * p.output_n, source + row * p.key_n, p.D, p.kind)
-            continue
-        fill(scratch, padded(p.D), np.float32(0))
-        if row < p.N:
-            read_row(scratch, source + row * p.key_n, p.D, p.kind)
-        for d in range(p.D):
-            set_f32(target + row // COLUMNS * p.output_n + 4 * COLUMNS * d, row % COLUMNS, f32(scratch, d))

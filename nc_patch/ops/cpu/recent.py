@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import torch
-from numba import carray
 
 from nc_patch.ops.cpu import columns
 from nc_patch.ops.cpu import rows as of_rows
@@ -12,7 +11,7 @@ from nc_patch.ops.cpu.columns import PIECE, add_run
 from nc_patch.ops.cpu.launch import Kernel, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS
 from nc_patch.ops.cpu.parts import Outputs, arguments_of, parts_of
-from nc_patch.ops.cpu.rows import INF, LOG2E, budget_of, padded, row_in
+from nc_patch.ops.cpu.rows import INF, LARGEST, LOG2E, budget_of, padded, row_in
 from nc_patch.ops.cpu.vectors import dot, exponentials, largest, set_f32
 from nc_patch.ops.problem import AttentionResult, Problem
 
@@ -58,9 +57,8 @@ def _attend(problem: Problem, first_keys: int) -> Outputs:
 
 
 @Kernel
-def _attend_kernel(pointer, item, scratch):
+def _attend_kernel(p, item, scratch):
     """The rows of a tile, up to 32 queries at a time, between whose intervals no key lies: none is read unseen."""
-    p = carray(pointer, 1)[0]
     head, first, last = of_rows.tile_of(p, item)
     rows = last - first
     pieces = memory_of(p, scratch)[9]
@@ -92,9 +90,8 @@ def _attend_kernel(pointer, item, scratch):
 
 
 @Kernel
-def _look_kernel(pointer, item, scratch):
+def _look_kernel(p, item, scratch):
     """A run of keys of one head: their largest squared norm, and the log-sum-exp of each query of the group."""
-    p = carray(pointer, 1)[0]
     runs = (p.N + PIECE - 1) // PIECE
     head, run = item // runs, item % runs
     batch, kv_head = head // p.heads, head % p.heads
@@ -110,8 +107,7 @@ def _look_kernel(pointer, item, scratch):
         of_rows.score_rows(p, x, keys + first * p.key_n, p.key_n, count, scores)
         of_rows.cap(scores, count, p.scale, p.softcap)
         of_rows.pad_row(scores, count, -INF)
-        shift = largest(scores, padded(count))
-        shift = np.float32(0) if shift == -INF else shift
+        shift = max(largest(scores, padded(count)), -LARGEST)
         total = exponentials(scores, padded(count), shift, np.float32(p.factor), 0, 0)
         set_f32(p.lse, run * p.rows + row.number, np.float32(shift * p.factor / LOG2E + math.log(total)))
     for j in range(max(low, run * PIECE), min(high, (run + 1) * PIECE)):

@@ -3,30 +3,27 @@
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
-from numba.extending import register_jitable
 
 from nc_patch.ops.cpu import vectors
+from nc_patch.ops.cpu.launch import compiled
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
 from nc_patch.ops.cpu.vectors import dot, f32, from_floats, i32, largest, product, set_f32, set_i32, to_floats
 
-compiled = numba.njit(nogil=True, error_model="numpy")
-
 INF = np.float32(np.inf)
-_LARGEST = np.finfo(np.float32).max
+LARGEST = np.finfo(np.float32).max
 LOG2E = math.log2(math.e)
 # Scores of a row that a first guess of its threshold is taken from, and rows that are too short for one.
 SAMPLED, _FEW = 512, 1024
 
 
-@register_jitable
+@compiled
 def padded(count: int) -> int:
     """``count``, rounded up to whole vectors."""
     return (count + LANES - 1) // LANES * LANES
 
 
-@register_jitable
+@compiled
 def tiles_in(count: int) -> int:
     """How many tiles ``count`` columns take."""
     return (count + COLUMNS - 1) // COLUMNS
@@ -132,7 +129,7 @@ def kth_largest(row, count, k, least):
     """
     if vectors.count_from(row, count, INF) >= k:
         return INF
-    hi = min(largest(row, count), _LARGEST)
+    hi = min(largest(row, count), LARGEST)
     high = vectors.count_from(row, count, hi)
     if high >= k:
         return hi
@@ -145,7 +142,7 @@ def kth_largest(row, count, k, least):
             step *= np.float32(2)
             lo = hi - step
         if not lo > -INF:
-            lo = -_LARGEST
+            lo = -LARGEST
         high = vectors.count_from(row, count, hi)
     low = vectors.count_from(row, count, lo)
     if low < k:

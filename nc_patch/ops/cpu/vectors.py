@@ -397,21 +397,13 @@ def to_lower_bounds(
 
 
 @instruction
-def take_bounded(
-    b: Builder, row: Int, count: Int, scales: Int, residuals: Int, of_query: Int, threshold: Float, places: Int,
-    first: Int,
-) -> Int:  # fmt: skip
-    """Lists the places, from ``first`` on, of lower bounds whose upper bounds reach a threshold; how many.
+def to_upper_bounds(b: Builder, row: Int, count: Int, scales: Int, residuals: Int, of_query: Int) -> None:
+    """Makes upper bounds of the lower bounds of scores; infinite where the lower one is, of which nothing is known."""
+    _, *rest = _of_query(b, of_query)
 
-    Where the lower bound is -inf the upper one is not known. Up to 16 more places are written.
-    """
-    (_, *rest), least = _of_query(b, of_query), vec.splat(b, threshold)
-
-    def body(i: Value, found: Value, place: Value) -> list[Value]:
+    def body(i: Value) -> None:
         lower, off = load(b, row, i), _error(b, scales, residuals, i, *rest)
-        unknown = b.fcmp_ordered("==", lower, vec.LOWEST)
-        mask = b.or_(b.fcmp_unordered(">=", b.fadd(lower, b.fadd(off, off)), least), unknown)
-        more = vec.compress(b, mask, [(place, places)], found)
-        return [b.add(found, more), b.add(place, constant(vec.INTS, LANES))]
+        known = b.fcmp_unordered("!=", lower, vec.LOWEST)
+        store(b, b.select(known, b.fadd(lower, b.fadd(off, off)), constant(vec.FLOATS, float("inf"))), row, i)
 
-    return loop(b, count, LANES, [constant(vec.I64, 0), vec.counted_from(b, first)], body)[0]
+    loop(b, count, LANES, [], body)

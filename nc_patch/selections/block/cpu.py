@@ -5,7 +5,6 @@ Chosen blocks that lie side by side are attended as one run of keys, by 32 queri
 """
 
 import numpy as np
-from numba import carray
 
 from nc_patch.ops.cpu import columns, vectors
 from nc_patch.ops.cpu.columns import PIECE, add_run
@@ -48,9 +47,8 @@ def cpu_block_attention(problem: Problem, options: BlockOptions) -> AttentionRes
 
 
 @Kernel
-def _attend_kernel(pointer, item, scratch):
+def _attend_kernel(p, item, scratch):
     """One query block of one head; the last ones, which see most keys, come first."""
-    p = carray(pointer, 1)[0]
     head, number = item % p.heads, p.blocks - 1 - item // p.heads
     at = p.plan + 4 * PLAN_COLUMNS * number
     block = PlannedBlock(i32(at, 0), i32(at, 1), i32(at, 2), i32(at, 3), i32(at, 4), i32(at, 5), i32(at, 6), i32(at, 7),
@@ -122,8 +120,6 @@ def _weigh(p, head, scratch, block, shares, weights):
             columns.set_column(p, at, column, row_of(p, 0, head * p.group + (r + column) // samples, i), 0, 0)
         clear = columns.clear_run(at, count)
         fill(logits, COLUMNS * width, -INF)
-        fill(at.maxima, COLUMNS, -INF)
-        fill(at.sums, COLUMNS, np.float32(0))
         for j in range(0, width, at_once):
             first = start + j * p.size
             last = min(first + at_once * p.size, start + width * p.size)
@@ -134,8 +130,7 @@ def _weigh(p, head, scratch, block, shares, weights):
                 keys = min(start + (k + 1) * p.size, p.N) - key
                 vectors.column_maxima(at.scores + (key - from_key) * 4 * COLUMNS, keys, logits + 4 * COLUMNS * k)
         vectors.column_maxima(logits, width, at.maxima)
-        columns.set_shifts(at)
-        vectors.column_exponentials(logits, width, at.shifts, np.float32(p.factor), at.sums)
+        vectors.column_exponentials(logits, width, at.maxima, np.float32(p.factor), at.sums)
         for column in range(COLUMNS):
             set_f32(factors, column, np.float32(1.0 / f32(at.sums, column)) if column < count else np.float32(0))
         for k in range(width):

@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 import torch
-from numba import carray
 
 from nc_patch.common import LARGEST_INTEGER
 from nc_patch.ops.cpu import rows as of_rows
@@ -108,9 +107,8 @@ def _summarize(key: torch.Tensor, statistics: PageStatistics, pages: torch.Tenso
 
 
 @Kernel
-def _summarize_kernel(pointer, item, scratch):
+def _summarize_kernel(p, item, scratch):
     """Some pages, for one head."""
-    p = carray(pointer, 1)[0]
     head, first = item % p.heads, item // p.heads * _PAGES
     for j in range(first, min(first + _PAGES, p.count)):
         block, begin, page = i32(p.pages, 3 * j), i32(p.pages, 3 * j + 1), i32(p.pages, 3 * j + 2)
@@ -147,9 +145,8 @@ def _row_of(p, batch, head, i):
 
 
 @Kernel
-def _estimate_kernel(pointer, item, scratch):
+def _estimate_kernel(p, item, scratch):
     """A run of pages of one head: those that have become whole are summarised, and all are estimated."""
-    p = carray(pointer, 1)[0]
     runs = (p.N // p.size + 2 + _PAGES - 1) // _PAGES
     head, first = item // runs, item % runs * _PAGES
     batch, kv_head = head // p.heads, head % p.heads
@@ -257,9 +254,8 @@ def summarize_page(p, keys, first, codes, scales, room):
 
 
 @Kernel
-def _attend_kernel(pointer, item, scratch):
+def _attend_kernel(p, item, scratch):
     """One query of one head: the pages of its group, and softmax times value over their keys."""
-    p = carray(pointer, 1)[0]
     row = _row_of(p, *of_rows.decoded(p, item))
     kv_head = row.head // p.group
     scores, places, x, out, weights, chosen, estimates, sample = memory_of(p, scratch)[:8]

@@ -6,7 +6,6 @@ over the tile. Where all rows of a tile attend all that they see, their weights 
 """
 
 import numpy as np
-from numba import carray
 
 from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu.launch import Kernel, memory_of
@@ -48,9 +47,8 @@ def cpu_topk_attention(problem: Problem, sink_keys: int, recent_keys: int) -> At
 
 
 @Kernel
-def _attend_kernel(pointer, item, scratch):
+def _attend_kernel(p, item, scratch):
     """One tile: its scores, then row by row the softmax and its product with the values."""
-    p = carray(pointer, 1)[0]
     head, first, last = of_rows.tile_of(p, item)
     rows = last - first
     tile = (p.group * rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
@@ -79,15 +77,13 @@ def _attend_kernel(pointer, item, scratch):
     for r in range(p.group * rows):
         row = row_in(p, head, first, rows, r)
         raw, of_means, inverse = z + r * step, means + r * means_step, np.float32(0)
-        if row.end <= row.start:
-            fill(raw, padded(width), np.float32(0))
-            fill(of_means, padded(slots), np.float32(0))
-        elif whole:
+        sees = row.end > row.start  # else what is added up for it is zeroed below
+        if sees and whole:
             seen_from, seen_to = row.start - base, row.end - base
             cap(raw + 4 * seen_from, seen_to - seen_from, p.scale, p.softcap)
             of_rows.fill_outside(raw, padded(width), seen_from, seen_to, -INF)
             inverse = softmax_row(p, row, raw, width, 0, 0, 0)
-        else:
+        elif sees:
             k = min(budget_of(p, row), row.end - row.start)
             list_best(p, row, raw + 4 * (row.start - base), k, scores, places, sample)
             inverse, slot, counted = weigh_list(p, row, scores, places, k, of_means, slots, counts)

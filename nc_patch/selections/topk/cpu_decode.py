@@ -3,7 +3,7 @@
 Two launches. In the first an item is a run of keys of one key/value head: it takes in the new keys among them, bounds
 the scores of all queries of the group from below, and scores the run's page means. In the second an item is one query
 and head: it finds the threshold of its bounds, scores the keys that may reach it, and attends the best. Without codes
-the first scores the keys themselves.
+the first scores the keys themselves. Without queries it builds an index.
 """
 
 import math
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray
 
 from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu import vectors
@@ -53,6 +52,8 @@ def cpu_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Atten
         "sink_keys": sink_keys, "recent_keys": recent_keys, "coded": bool(index) and D % LANES == 0,
     }  # fmt: skip
     arguments |= _index_of(index, means)
+    if problem.new:
+        arguments["first_new"] = problem.visible[..., 1].amax(1) - problem.new
     for first in range(0, Lq, at_once):
         queries = min(at_once, Lq - first)
         arguments |= {"first": first, "queries": queries}
@@ -88,25 +89,15 @@ def cpu_take_in_(
         codes: those of ``KeyCodes``, contiguous, as an index has them. means: page means.
     """
     (B, Hkv, N, D), Dv = key.shape, value.shape[3]
-    _take_in_kernel(
-        B * Hkv * -(-N // _KEYS), [2 * padded(max(D, Dv))], key=last_dense(key), value=last_dense(value),
+    _scan_kernel(
+        B * Hkv * -(-N // _KEYS), [0, 0, 2 * padded(max(D, Dv))], key=last_dense(key), value=last_dense(value),
         origin=origin.to(torch.int32).contiguous(), first_new=first.to(torch.int32).contiguous(), new=count, heads=Hkv,
         Lq=1, N=N, D=D, Dv=Dv, kind=KINDS[key.dtype], **_index_of(codes, means),
     )  # fmt: skip
 
 
-@Kernel
-def _take_in_kernel(pointer, item, scratch):
-    """A run of keys of one head."""
-    p = carray(pointer, 1)[0]
-    runs = (p.N + _KEYS - 1) // _KEYS
-    head = item // runs
-    first = i32(p.first_new, head // p.heads)
-    take_in(p, head, item % runs * _KEYS, first, min(first + p.new, p.N), scratch)
-
-
 @compiled
-def take_in(p, head, begin, first, end, scratch):
+def _take_in(p, head, begin, first, end, scratch):
     """Of a run of keys from ``begin`` on: the codes of those of [first, end), and the means of pages that have any."""
     batch, kv_head = head // p.heads, head % p.heads
     keys, values = p.key + batch * p.key_b + kv_head * p.key_h, p.value + batch * p.value_b + kv_head * p.value_h
@@ -149,21 +140,18 @@ def _weigh_query(p, x, head, state):
 
 
 @Kernel
-def _scan_kernel(pointer, item, scratch):
+def _scan_kernel(p, item, scratch):
     """A run of keys of one head: new ones are taken in, scores are bounded from below, page means are scored."""
-    p = carray(pointer, 1)[0]
     runs = (p.N + _KEYS - 1) // _KEYS
     head, begin = item // runs, item % runs * _KEYS
     batch, kv_head = head // p.heads, head % p.heads
     x, raw, room = memory_of(p, scratch)[:3]
-    end, high = 0, 0
-    for i in range(p.Lq):
-        stop = row_of(p, batch, 0, i).end
-        end = max(end, stop)
-        if p.first <= i < p.first + p.queries:
-            high = max(high, stop)
+    high = 0
+    for i in range(p.first, p.first + p.queries):
+        high = max(high, row_of(p, batch, 0, i).end)
     if p.new > 0:
-        take_in(p, head, begin, end - p.new, end, room)
+        first = i32(p.first_new, batch)
+        _take_in(p, head, begin, first, min(first + p.new, p.N), room)
     keys = p.key + batch * p.key_b + kv_head * p.key_h + begin * p.key_n
     slot, place = begin // PAGE, head * p.room + begin
     mean_keys = p.mean_key + batch * p.mean_key_b + kv_head * p.mean_key_h + slot * p.mean_key_n
@@ -235,9 +223,8 @@ def _average(p, rows, step, target, width, x):
 
 
 @Kernel
-def _attend_kernel(pointer, item, scratch):
+def _attend_kernel(p, item, scratch):
     """One query of one head: its threshold, its best keys, and softmax times value over those."""
-    p = carray(pointer, 1)[0]
     row = row_of(p, *of_rows.decoded(p, item))
     batch, kv_head = row.batch, row.head // p.group
     scores, places, listed, exact, counts, x, out, sample = memory_of(p, scratch)[:8]
@@ -280,11 +267,9 @@ def _candidates(p, head, bounds, first, stop, threshold, listed):
     """Lists the keys [first, stop) whose scores may reach a threshold: where the list is, and how long."""
     # Whole vectors, which lie within what there is room for; what is not asked for is cut off again.
     begin = first // LANES * LANES
-    place = 4 * (head * p.room + begin)
-    count = vectors.take_bounded(
-        bounds + 4 * begin, padded(stop - begin), p.scales + place, p.residuals + place,
-        bounds + 4 * (p.columns + p.slots), threshold, listed, begin,
-    )  # fmt: skip
+    place, row, width = 4 * (head * p.room + begin), bounds + 4 * begin, padded(stop - begin)
+    vectors.to_upper_bounds(row, width, p.scales + place, p.residuals + place, bounds + 4 * (p.columns + p.slots))
+    count = vectors.take_from(row, width, threshold, row, listed, begin, 0)
     skipped = 0
     while skipped < count and i32(listed, skipped) < first:
         skipped += 1
