@@ -191,8 +191,8 @@ def test_a_mask_that_is_handed_in_again_with_other_boundaries_is_split_again():
     model, ids, mask = small(), random_ids(1, 30), interval_mask(1, 30, 30)
     with torch.inference_mode():
         whole = model(ids, attention_mask=mask, use_cache=False).logits
-        for cut in (10, 17):
-            positions = torch.cat((torch.arange(cut), torch.arange(30 - cut)))[None]
+        for cut, begin in ((10, 0), (17, 3)):
+            positions = torch.cat((torch.arange(cut), torch.arange(begin, begin + 30 - cut)))[None]
             found = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
             assert_close(found, torch.cat((whole[:, :cut], model(ids[:, cut:]).logits), 1))
 
