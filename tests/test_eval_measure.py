@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 from tiny_sweep import sweep_arguments, tiny_text, tiny_tokenizer
 
 from eval_tasks.errors import EvalError
-from eval_tasks.measure import QUESTION_TOKENS, SPARSE_IN, Press, answer, find_press, measure
+from eval_tasks.measure import QUESTION_TOKENS, SPARSE_IN, Press, answer, end_tokens, find_press, measure
 from eval_tasks.methods import METHODS, Budgets
 from eval_tasks.models import load_model
 from eval_tasks.store import read_rows, read_run
@@ -129,6 +129,12 @@ def test_answers_are_those_of_generate(speaker, question, config):
     assert (row["said"], row["score"], row["depth"]) == (expected[:400], 0.0, question.depths[0])
     asked = dataclasses.replace(question, answers=(expected[2:6],))
     assert answer(*speaker, config, asked)["score"] == 1.0
+
+
+def test_each_of_several_end_tokens_ends_an_answer(speaker, monkeypatch):
+    model, tokenizer = speaker
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [5, 7])
+    assert end_tokens(model, tokenizer) == {5, 7, tokenizer.eos_token_id}
 
 
 @pytest.mark.parametrize("phase", SPARSE_IN)

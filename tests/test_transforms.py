@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import random_ids
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from ways import EACH_SETTING, SETTINGS, small
 
@@ -55,7 +56,8 @@ def test_second_derivatives_and_forward_mode_are_refused_by_name(settings):
         with pytest.raises(NotImplementedError, match=SECOND):
             derivative(query)
     by_tangent = lambda query: jvp(grad(loss), (query,), (query,))  # noqa: E731
-    for derivative in (jacfwd(loss), jacfwd(grad(loss)), hessian(loss), by_tangent):
+    by_dual_number = forward_ad.dual_level()(lambda query: loss(forward_ad.make_dual(query, query)))
+    for derivative in (jacfwd(loss), jacfwd(grad(loss)), hessian(loss), by_tangent, by_dual_number):
         with pytest.raises(NotImplementedError, match=FORWARD):
             derivative(query)
 

@@ -16,7 +16,7 @@ from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction
 from nc_patch import UnsupportedModelError, nc_stats, patch_model, reset_stats, unpatch_model
 from nc_patch.layers import hand_on_mask
 from nc_patch.masks import interval_mask
-from nc_patch.visibility import is_packed, made_for
+from nc_patch.visibility import begins_by, is_packed, made_for
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
@@ -181,7 +181,7 @@ def test_threads_that_generate_on_one_model_get_what_one_alone_gets_and_every_ca
 
 def test_a_mask_is_moved_to_a_device_once_for_all_layers_there_and_stays_where_it_is_right():
     hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
-    model, mask = small(), interval_mask(1, 5, 5)
+    model, mask = small(), interval_mask(1, 5, 5, attention_mask=torch.tensor([[0, 1, 1, 1, 1]]))
     layers = list(model.model.layers)
     hooks.add_hook_to_module(layers[0], hooks.AlignDevicesHook(execution_device="cpu"))
     assert [hand_on_mask(layer, (), {"attention_mask": mask}) for layer in layers] == [None] * 3
@@ -191,4 +191,5 @@ def test_a_mask_is_moved_to_a_device_once_for_all_layers_there_and_stays_where_i
         )
     moved = [hand_on_mask(layer, (), {"attention_mask": mask})[1]["attention_mask"] for layer in layers]
     assert all(each is moved[0] for each in moved)
-    assert (moved[0].device.type, is_packed(moved[0]), made_for(moved[0])) == ("meta", True, 5)
+    assert (moved[0].device.type, is_packed(moved[0])) == ("meta", True)
+    assert (made_for(moved[0]), begins_by(moved[0])) == (5, (1,))

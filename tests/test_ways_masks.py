@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from ways import assert_close, attended_fraction, boundaries, full, generated, left_padded, rows_of, small
 
 from nc_patch import UnsupportedMaskError, nc_stats, patch_model
+from nc_patch.layers import told_boundaries
 from nc_patch.masks import interval_mask
 
 SELECTIONS = pytest.mark.parametrize("selection", ["topk", "window", "block"])
@@ -38,6 +39,15 @@ def test_boundaries_that_do_not_fit_are_refused(ends, key_ends, rows):
     named = {"cu_seq_lens_q": torch.tensor(ends).int(), "cu_seq_lens_k": torch.tensor(key_ends).int()}
     with pytest.raises(UnsupportedMaskError, match=r"cu_seq_lens_q must name the sequences of one row of 30 tokens"):
         small()(random_ids(rows, 30), **named)
+
+
+def test_lengths_split_a_mask_of_four_dimensions_and_are_forgotten_after_the_call():
+    model, ids, mask = small(), random_ids(1, 30), torch.ones(1, 1, 30, 30, dtype=torch.bool).tril()
+    with torch.inference_mode():
+        whole = model(ids, attention_mask=mask).logits
+        found = model(ids, attention_mask=mask, **boundaries("cu_seq_lens", [12, 18])).logits
+        assert told_boundaries() == {}
+        assert_close(found, torch.cat((whole[:, :12], model(ids[:, 12:]).logits), 1))
 
 
 # Padding
@@ -136,6 +146,15 @@ def test_blocks_hold_every_key_of_a_long_image_where_a_cache_goes_on():
         assert_close(logits(), dense)
 
 
+def test_a_packed_sequence_may_begin_with_an_image():
+    model, prompt = patch_model(vision_model(), 1e6, 0.0, selection="topk"), text_with_images((1, 54), (0, 24, 32))
+    with torch.inference_mode():
+        # Without a cache transformers makes the mask, which has images of packed sequences elsewhere where it slides.
+        named = {**boundaries("positions", [24, 30]), "past_key_values": DynamicCache()}
+        found = model(**prompt, **named).logits[:, 24:]
+        assert_close(found, model(**{name: tensor[:, 24:] for name, tensor in prompt.items()}).logits)
+
+
 # Masks of the caller's
 
 
@@ -172,8 +191,8 @@ def test_a_mask_that_is_handed_in_again_with_other_boundaries_is_split_again():
     model, ids, mask = small(), random_ids(1, 30), interval_mask(1, 30, 30)
     with torch.inference_mode():
         whole = model(ids, attention_mask=mask, use_cache=False).logits
-        for cut in (10, 17):
-            positions = torch.cat((torch.arange(cut), torch.arange(30 - cut)))[None]
+        for cut, begin in ((10, 0), (17, 3)):
+            positions = torch.cat((torch.arange(cut), torch.arange(begin, begin + 30 - cut)))[None]
             found = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
             assert_close(found, torch.cat((whole[:, :cut], model(ids[:, cut:]).logits), 1))
 

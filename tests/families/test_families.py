@@ -67,10 +67,11 @@ def test_an_index_is_not_kept_of_keys_or_values_that_the_cache_does_not_hold():
     assert kept == {"llama": {"codes", "means"}, "diffllama": {"codes"}}  # its values differ between its two runs
 
 
-def test_cross_attention_runs_dense_beside_patched_self_attention():
+@pytest.mark.parametrize("padded", [slice(11, 17), slice(5, 8)], ids=["at the end", "in between"])
+def test_cross_attention_runs_dense_beside_patched_self_attention(padded):
     model, ids = tiny_model(family_named("bart")), torch.randint(2, 90, (2, 30))
     states, padding = torch.randn(2, 17, 64), torch.ones(2, 17, dtype=torch.long)
-    padding[1, 11:] = 0
+    padding[1, padded] = 0
     run = lambda _: model(ids, encoder_hidden_states=states, encoder_attention_mask=padding).logits  # noqa: E731
     with torch.inference_mode():
         dense = run(model)

@@ -22,6 +22,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.lm_eval.model import NCHFLM, read_config, split_arguments
 from eval_tasks.texts import python_reference
 from nc_patch import NCConfig
+from nc_patch.selections import Block, TopK
 
 
 def small_model(pretrained, name="nc_hf", **options):
@@ -151,6 +152,21 @@ def test_the_cache_of_built_requests_tells_lengths_apart(evaluate, tmp_path, mon
     assert figures(evaluate("hf", lengths=[64, 96], options={"cache_requests": True})) == fresh
     assert figures(evaluate("hf", lengths=[64, 96], options={"cache_requests": True})) == fresh
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (
+            {"prefill": "block", "block_size": 16, "min_mass": 0.9, "tail": "drop"},
+            {"prefill": Block(16, min_mass=0.9), "decode": TopK(tail="drop")},
+        ),
+        ({"dense_layers": "0+1+29"}, {"dense_layers": (0, 1, 29)}),
+        ({"dense_layers": 3}, {"dense_layers": (3,)}),
+    ],
+)
+def test_model_arguments_become_settings(given, meant):
+    assert read_config({"alpha": 2, "C": 0.5, **given}) == NCConfig(**{"alpha": 2.0, "C": 0.5, **meant})
 
 
 def test_settings_come_from_a_file_or_a_profile(tmp_path):
