@@ -23,12 +23,13 @@ _MOST_DECODERS = 512
 
 
 def bound_decoder(
-    make: Callable[..., Decoder], problem: Problem, keys: int, most: int, *settings: Any
-) -> Callable[[Problem], AttentionResult]:
+    make: Callable[..., Decoder], take_in: Callable[[Problem], Problem], problem: Problem, keys: int, most: int,
+    *settings: Any,
+) -> Callable[[Problem], AttentionResult]:  # fmt: skip
     """What decodes problems like this one, see ``Selection.bound``: ``make(problem, *settings)``, made once.
 
     It is planned for so many ``keys``, and budgets of ``most``. Where kernels do not take tensors as they lie, it
-    copies them.
+    copies them, after it has let ``take_in`` write new keys to the index itself.
     """
     layout = (make, *settings, *layout_of(problem, keys, most))
     decode = _DECODERS.get(layout)
@@ -39,13 +40,10 @@ def bound_decoder(
         if all(mine is its for mine, its in zip(problem.tensors(), dense.tensors(), strict=True)):
             decode = make(problem, *settings)
         else:
-            # New keys are written to what is kept, not to a copy of it.
-            kept = zip(problem.kept(), dense.kept(), strict=True)
-            assert not problem.new or all(mine is its for mine, its in kept)
 
             def decode(_: Any, like: Problem) -> AttentionResult:
-                like = prepared(like)
-                return bound_decoder(make, like, keys, most, *settings)(like)
+                like = prepared(take_in(like) if like.new else like)
+                return bound_decoder(make, take_in, like, keys, most, *settings)(like)
 
         _DECODERS[layout] = decode
     return partial(decode, {})

@@ -26,6 +26,7 @@ from nc_patch.ops.triton.structs import RowInputs, Table, heads
 from nc_patch.selections.block.decode_kernels import attend_pages_kernel, choose_pages_kernel, score_pages_kernel
 from nc_patch.selections.block.pages import PageStatistics, check_pages, check_table
 from nc_patch.selections.block.summarize import page_shape_of, score_tiles
+from nc_patch.selections.index import extend
 
 # Counts of pages have 21 bits.
 MAX_PAGES = 2**21 - 1
@@ -46,7 +47,8 @@ def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]
     """
     length, most = problem.key.shape[2], -(-problem.most // problem.page_size)
     keys = length if problem.table is not None else -(-length // _KEYS)
-    return bound_decoder(_decoder, problem, keys, most)
+    take_in = partial(extend, kind="pages", backend="triton")
+    return bound_decoder(_decoder, take_in, problem, keys, most)
 
 
 def _decoder(problem: Problem) -> Decoder:

@@ -29,6 +29,7 @@ from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem
 from nc_patch.ops.triton.decoding import Decoder, Launches, bound_decoder
 from nc_patch.ops.triton.launch import architecture_of
 from nc_patch.ops.triton.structs import RowInputs, heads
+from nc_patch.selections.index import extend
 from nc_patch.selections.topk.choose import choose_kernel
 from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import key_shape
@@ -57,7 +58,8 @@ def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Cal
     Raises:
         TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
-    return bound_decoder(_decoder, problem, _planned_keys(problem), problem.most, sink_keys, recent_keys)
+    take_in, keys = partial(extend, kind="codes", backend="triton"), _planned_keys(problem)
+    return bound_decoder(_decoder, take_in, problem, keys, problem.most, sink_keys, recent_keys)
 
 
 def _decode_halves(sink_keys: int, recent_keys: int, _: Any, problem: Problem) -> AttentionResult:
