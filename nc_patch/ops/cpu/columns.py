@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nc_patch.ops.cpu import rows, vectors
-from nc_patch.ops.cpu.launch import memory_of
+from nc_patch.ops.cpu.launch import compiled, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, TILE_ROWS
-from nc_patch.ops.cpu.rows import LARGEST, compiled, padded
+from nc_patch.ops.cpu.rows import LARGEST, padded
 from nc_patch.ops.cpu.vectors import f32, fill, i32, product, set_f32, set_i32
 
 # Keys whose scores are held at once, and bytes of a key's.

@@ -72,8 +72,9 @@ def parts_of(
     query, key, value, group = in_pairs(problem.query), in_pairs(problem.key), problem.value, problem.group
     B, Hkv, N, D = key.shape
     at_once = max(1, min(Hkv, _MOST_BYTES // max(4 * N * D, 1)))
-    converts = converts and not _is_ready(value, LANES)
-    if not panels and _is_ready(key, 1) and (converts or _is_ready(value, LANES)):
+    ready = _is_ready(value, LANES)
+    converts = converts and not ready
+    if not panels and _is_ready(key, 1) and (converts or ready):
         at_once = Hkv
     for b, first in itertools.product(range(B), range(0, Hkv, at_once)):
         row, heads = slice(b, b + 1), slice(first, min(first + at_once, Hkv))

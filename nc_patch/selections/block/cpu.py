@@ -8,11 +8,11 @@ import numpy as np
 
 from nc_patch.ops.cpu import columns, vectors
 from nc_patch.ops.cpu.columns import PIECE, add_run
-from nc_patch.ops.cpu.launch import Kernel, memory_of
+from nc_patch.ops.cpu.launch import Kernel, compiled, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES
 from nc_patch.ops.cpu.parts import Outputs, parts_of
 from nc_patch.ops.cpu.recent import result_of
-from nc_patch.ops.cpu.rows import INF, SAMPLED, best_of, compiled, leave_gap, padded, row_in, row_of, tiles_in
+from nc_patch.ops.cpu.rows import INF, SAMPLED, best_of, leave_gap, padded, row_in, row_of, tiles_in
 from nc_patch.ops.cpu.vectors import f32, fill, i32, set_f32, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.audit import judged

@@ -16,11 +16,11 @@ import torch
 from nc_patch.common import LARGEST_INTEGER
 from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu import vectors
-from nc_patch.ops.cpu.launch import KINDS, Kernel, memory_of
+from nc_patch.ops.cpu.launch import KINDS, Kernel, compiled, memory_of
 from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.parts import Outputs, arguments_of, last_dense
 from nc_patch.ops.cpu.recent import result_of
-from nc_patch.ops.cpu.rows import INF, LOG2E, Row, cap, compiled, pad_row, padded, read_query, score_listed
+from nc_patch.ops.cpu.rows import INF, LOG2E, Row, cap, pad_row, padded, read_query, score_listed
 from nc_patch.ops.cpu.vectors import code_products, exponentials, f32, fill, i32, largest, set_f32, set_i8, set_i32
 from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.selections.block.pages import LARGEST_CODE, VECTORS, PageStatistics

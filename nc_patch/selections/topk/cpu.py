@@ -8,11 +8,11 @@ over the tile. Where all rows of a tile attend all that they see, their weights 
 import numpy as np
 
 from nc_patch.ops.cpu import rows as of_rows
-from nc_patch.ops.cpu.launch import Kernel, memory_of
+from nc_patch.ops.cpu.launch import Kernel, compiled, memory_of
 from nc_patch.ops.cpu.llvm import COLUMNS, LANES, TILE_ROWS
 from nc_patch.ops.cpu.parts import Outputs, as_rows, in_pairs, in_panels, parts_of
 from nc_patch.ops.cpu.recent import result_of
-from nc_patch.ops.cpu.rows import INF, add_product, budget_of, cap, compiled, pad_row, padded, row_in, softmax_row
+from nc_patch.ops.cpu.rows import INF, add_product, budget_of, cap, pad_row, padded, row_in, softmax_row
 from nc_patch.ops.cpu.vectors import f32, fill, i32, product, set_f32, set_i32
 from nc_patch.ops.means import TAIL_PAGE_SIZE
 from nc_patch.ops.problem import AttentionResult, Problem

@@ -15,11 +15,11 @@ import torch
 
 from nc_patch.ops.cpu import rows as of_rows
 from nc_patch.ops.cpu import vectors
-from nc_patch.ops.cpu.launch import KINDS, Kernel, memory_of
+from nc_patch.ops.cpu.launch import KINDS, Kernel, compiled, memory_of
 from nc_patch.ops.cpu.llvm import LANES
 from nc_patch.ops.cpu.parts import Outputs, arguments_of, last_dense
 from nc_patch.ops.cpu.recent import result_of
-from nc_patch.ops.cpu.rows import INF, add_listed, best_of, compiled, padded, read_query, row_of, score_listed
+from nc_patch.ops.cpu.rows import INF, add_listed, best_of, padded, read_query, row_of, score_listed
 from nc_patch.ops.cpu.vectors import code_products, f32, fill, i32, set_f32, set_i8, set_i32
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult, Problem
