@@ -16,7 +16,7 @@ from nc_patch.functional import attend, backend_of, by_index, check_scale
 from nc_patch.layers import IMPLEMENTATION, PATCH_ATTRIBUTE, LayerPatch, Observed, told_boundaries
 from nc_patch.masks import interval_mask
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.derivatives import in_transform, is_capturing, needs_gradient, refuse_tangents
+from nc_patch.ops.derivatives import is_capturing, needs_gradient, refuse_transforms
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import MAX_DECODE_QUERIES, AttentionResult, Problem, check_tensors
 from nc_patch.selections import Dense, Selection
@@ -78,7 +78,7 @@ def nc_attention_forward(
         scale = check_scale(scaling, softcap, query.shape[-1])
         problem = Problem(query, key, value, unseen, unseen, unseen, scale, float(softcap or 0.0), sinks)
         check_tensors(query, key, value, sinks)
-        refuse_tangents(query, key, value)
+        refuse_transforms(query, key, value)
         output = _attention(module, problem, attention_mask, patch, arguments, crosses)
     return output.transpose(1, 2).contiguous(), None
 
@@ -100,7 +100,7 @@ def _attention(
         families.refuse_masked_keys(module, IMPLEMENTATION, nc_attention_forward, plan.dense_reason is not None)
     if mask is None and (not crosses or problem.softcap or problem.sinks is not None):
         raise UnsupportedMaskError(families.no_mask(module))
-    counts = patch is not _UNPATCHED and not compiling and not in_transform()
+    counts = patch is not _UNPATCHED and not compiling
     if plan.dense_reason is not None and not is_packed(mask) and patch.observe is None:
         if counts and mask is not None:
             n = seen_keys(mask).sum(-1).expand(len(query), -1, Lq)
@@ -184,15 +184,13 @@ def _plan(patch: LayerPatch, query: torch.Tensor, key_length: int, started: bool
     if patch is _UNPATCHED:
         reason = "the module is not patched"
     host_reads = not torch.compiler.is_compiling() and not is_capturing(query)
-    # Inside torch.func's transforms a value of the computation may stand for many.
-    readable = host_reads and not in_transform()
-    if config.on_drop != "ignore" and reason is None and not readable:
+    if config.on_drop != "ignore" and reason is None and not host_reads:
         raise RuntimeError(
             f'on_drop="{config.on_drop}" reads in layer {layer} how much was dropped, which neither '
-            "torch.compile(fullgraph=True) nor a CUDA graph can, nor a transform of torch.func: set "
+            "torch.compile(fullgraph=True) nor a CUDA graph can: set "
             'on_drop="ignore" (track=True has no effect there), or run without them'
         )
-    measures = (config.track or config.on_drop != "ignore") and readable
+    measures = (config.track or config.on_drop != "ignore") and host_reads
     return _Plan(decoding, selection if reason is None else _DENSE, reason, host_reads, measures)
 
 

@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 
 from nc_patch.config import NCConfig
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.derivatives import in_transform
 from nc_patch.ops.problem import Problem
 from nc_patch.selections.index import LAYOUTS, KeyIndex, reserve_for
 
@@ -326,7 +325,7 @@ def indexes_of(config: NCConfig, problem: Problem, layer: KeyIndexMixin | None, 
         return Indexes()
 
     def kept(kind: str, page_size: int) -> KeyIndex | None:
-        if layer is None or in_transform():
+        if layer is None:
             return None
         if torch.compiler.is_compiling():
             index = layer.nc_indexes.get(kind)
@@ -345,11 +344,6 @@ def indexes_of(config: NCConfig, problem: Problem, layer: KeyIndexMixin | None, 
         means = kept("means", 1)
     new = problem.visible.shape[1] if later and (index is not None or means is not None) else 0
     if index is None and decoding and selection.needs_index and kind is not None:
-        if in_transform():
-            raise NotImplementedError(
-                "decoding by an index does not run inside a transform of torch.func (grad, vmap). Decode outside of "
-                'it, or without an index: decode="topk" or "window"'
-            )
         # The same choice as with an index that is kept, from one that is not.
         return Indexes(_built(problem, kind, selection.page_size, config.backend), means)
     return Indexes(index, means, new)

@@ -10,7 +10,7 @@ from nc_patch import library
 from nc_patch.common import as_number, autocast_off, cast_for_autocast, check_bool, plain, say_once, shown
 from nc_patch.config import NCConfig, option_owners
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.derivatives import needs_gradient, refuse_tangents
+from nc_patch.ops.derivatives import needs_gradient, refuse_transforms
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import (
     MAX_DECODE_QUERIES,
@@ -78,7 +78,7 @@ def sparse_attention(
     chosen = config.prefill
     query, key, value = cast_for_autocast(query, key, value)
     B, Hq, Lq, Lk = check_tensors(query, key, value, sinks)
-    refuse_tangents(query, key, value)
+    refuse_transforms(query, key, value)
     if len(config.laws(0)) not in (1, Hq):
         raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
     for given, kind in ((index, chosen.index_kind), (means, "means" if chosen.uses_means else None)):

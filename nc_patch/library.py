@@ -12,13 +12,7 @@ import torch
 from nc_patch.common import autocast_off
 from nc_patch.ops.attend_rows import attention_gradients
 from nc_patch.ops.backends import READS_HOST
-from nc_patch.ops.derivatives import (
-    in_transform,
-    needs_gradient,
-    refuse_forward_mode,
-    refuse_second_derivative,
-    runs_directly,
-)
+from nc_patch.ops.derivatives import needs_gradient, refuse_second_derivative, runs_directly
 from nc_patch.ops.problem import AUDIT_COLUMNS, AttentionResult, Problem
 from nc_patch.selections.base import Selection, read_selection
 from nc_patch.selections.index import extend
@@ -36,7 +30,7 @@ def attend(selection: Selection, problem: Problem, backend: str) -> AttentionRes
         index = problem.kept()
         output, *found = op(tensors[: len(tensors) - len(index)], index, *rest)
     else:
-        output, *found = _call_transformed(op, rest, tensors) if in_transform() else op(tensors, *rest)
+        output, *found = op(tensors, *rest)
     fields = zip(found, _fields(selection, problem), strict=True)
     return AttentionResult(output, *(field if wanted else None for field, (wanted, _, _) in fields))
 
@@ -150,10 +144,7 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         )
     tensors = list(ctx.saved_tensors)  # to be asked for once: gradient checkpointing computes them when it is
     grad_output = grads[0][0] if isinstance(grads[0], (list, tuple)) else grads[0]
-    if in_transform():
-        found = _InTransform.apply(_attend_backward, ctx.settings, grad_output, *tensors)
-    else:
-        found = _attend_backward(grad_output, tensors, *ctx.settings)
+    found = _attend_backward(grad_output, tensors, *ctx.settings)
     has_sinks = ctx.settings[2][0]
     of_tensors = [*found[:3], None, None, None, *found[3 : 3 + has_sinks]]
     return [*of_tensors, *(None,) * (len(tensors) - len(of_tensors))], None, None, None, None, None
@@ -162,44 +153,3 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 for _op in (_OPERATIONS["attend", False], _OPERATIONS["attend", True]):
     _op.register_autograd(_backward, setup_context=_setup)
 _attend_backward.register_autograd(refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
-
-
-class _InTransform(torch.autograd.Function):
-    """``attend`` or ``attend_backward`` in the transforms of ``torch.func``, which know no op with a gradient."""
-
-    @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], op: Any, settings: tuple[Any, ...], *tensors: Any) -> Any:
-        """A call for each of what ``torch.func.vmap`` maps over."""
-        given = list(zip(tensors, dims[2:], strict=True))
-        for_each = [[t if d is None else t.select(d, i) for t, d in given] for i in range(info.batch_size)]
-        results = zip(*(_InTransform.apply(op, settings, *each) for each in for_each), strict=True)
-        stacked = tuple(map(torch.stack, results))
-        return stacked, (0,) * len(stacked)
-
-    @staticmethod
-    def forward(op: Any, settings: tuple[Any, ...], *tensors: Any) -> Any:
-        given = (tensors[0], list(tensors[1:])) if op is _attend_backward else (list(tensors),)
-        return tuple(op(*given, *settings))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        op, settings, *tensors = inputs
-        ctx.is_second = op is _attend_backward
-        if not ctx.is_second:
-            _setup(ctx, (tensors, *settings), output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        if ctx.is_second:
-            refuse_second_derivative(ctx)
-        of_tensors, *_ = _backward(ctx, *grads)
-        return None, None, *of_tensors
-
-    jvp = staticmethod(refuse_forward_mode)  # type: ignore[assignment]
-
-
-@torch.compiler.disable(
-    reason="sparse attention in a transform of torch.func (grad, vmap) runs outside of graphs: leave out fullgraph=True"
-)
-def _call_transformed(op: Any, settings: tuple[Any, ...], tensors: list[torch.Tensor]) -> Any:
-    return _InTransform.apply(op, settings, *tensors)

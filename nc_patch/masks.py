@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from transformers import masking_utils
 
 from nc_patch.common import UnsupportedMaskError, share
-from nc_patch.ops.derivatives import is_capturing
+from nc_patch.ops.derivatives import is_capturing, refuse_transforms
 from nc_patch.visibility import Visibility, is_packed, keys_first, runs_of
 
 MaskFunction = Callable[..., Any]
@@ -38,6 +38,7 @@ def interval_mask(
     Raises:
         UnsupportedMaskError: the padding mask is not 2-D; or ``torch.compile`` traces what is not one interval a query.
     """
+    refuse_transforms()  # before a mask that is mapped over is read
     if is_packed(attention_mask):
         return attention_mask  # type: ignore[return-value]
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -147,10 +148,8 @@ def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool,
     if torch.compiler.is_compiling() or is_capturing(padding):
         torch._assert_async(whole, _HOLES)
         return first, stop, True, None
-    # One read. In this order: for what vmap maps over PyTorch's refusal to make a bool is the clear one.
-    read = torch.cat((whole[None], first.flatten())).cpu()
-    is_whole, begins = bool(read[0]), tuple(read[1:].tolist())
-    return first, stop, is_whole, begins if any(begins) else ()
+    is_whole, *begins = torch.cat((whole[None], first.flatten())).tolist()
+    return first, stop, bool(is_whole), tuple(begins) if any(begins) else ()
 
 
 def _refuse_right_padding(padding: torch.Tensor) -> None:
