@@ -60,6 +60,8 @@ class KeyIndexMixin:
     # may be held by others too, and is never written again: where the layer holds other views, shorter ones too, it
     # gets other memory.
     _nc_room: tuple[torch.Tensor, ...] | None = None
+    # Of a ``StaticLayer``: whether it holds keys. Its length lies on the device, and is not read at every call.
+    nc_filled = False
 
     def nc_compare(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keeps no index any more where the keys or values of a call of attention are not what ``update`` returned."""
@@ -166,8 +168,8 @@ class KeyIndexMixin:
         self.nc_settle()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A pickle holds a layer of transformers, which loads where this library is not installed, and builds its index
-        # again where it is.
+        # Copies and pickles hold a layer of transformers, which loads where this library is not installed; where it is
+        # the index is built again.
         plain: Any = object.__new__(DynamicLayer if isinstance(self, DynamicLayer) else StaticLayer)
         plain.__dict__ = {name: value for name, value in self.__dict__.items() if not name.startswith(("nc_", "_nc_"))}
         for name in ("keys", "values"):
@@ -177,29 +179,9 @@ class KeyIndexMixin:
                 setattr(plain, name, held.clone())
         return copy.copy, (plain,)
 
-    def __copy__(self) -> "KeyIndexMixin":
-        return self.__deepcopy__(None)
-
-    def __deepcopy__(self, memo: dict[int, Any] | None) -> "KeyIndexMixin":
-        # What the keys were last seen as does not survive a copy: only whether the index was right. Nor does the room,
-        # into which a copy must not write; and a shallow copy has indexes of its own.
-        self.nc_check()
-        left_out = ("_nc_seen", "_nc_room")
-        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
-        twin = object.__new__(type(self))
-        twin.__dict__.update(state if memo is None else copy.deepcopy(state, memo))
-        twin.nc_indexes = {kind: index.clone() for kind, index in self.nc_indexes.items()}
-        twin.nc_settle()
-        return twin
-
 
 class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
     """``DynamicLayer`` with a key index, and with room for keys to come, so that a step does not copy all of them."""
-
-    def nc_started(self) -> bool:
-        """Whether it holds keys."""
-        length = self.get_seq_length()
-        return length > 0 if isinstance(length, int) else bool(self.nc_indexes)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -232,14 +214,6 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
         alike = key_states.dtype == keys.dtype and value_states.dtype == values.dtype and keys.numel() > 0
         return alike and key_states.shape[0] == keys.shape[0] and value_states.shape[0] == values.shape[0]
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._nc_follow(lambda index: index.repeat(repeats), "batch_repeat_interleave", repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        chosen = torch.as_tensor(indices)
-        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
-        self._nc_follow(lambda index: index.select(chosen), "batch_select_indices", indices)
-
     def crop(self, *arguments: Any) -> None:
         # Nothing of an index depends on later keys, but for the page of the last one, which is written again when the
         # next key comes.
@@ -248,13 +222,6 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
 
 class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
     """``StaticLayer`` with a key index at static addresses."""
-
-    # Whether it holds keys: its length lies on the device, and is not read at every call.
-    nc_filled = False
-
-    def nc_started(self) -> bool:
-        """Whether it holds keys."""
-        return self.nc_filled or bool(self.nc_indexes)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -291,19 +258,17 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache:
             return NO_CACHE
         cache.layers.append(cache.layer_class_to_replicate())
     found: Any = cache.layers[layer]
-    compiling = torch.compiler.is_compiling()
-    if not isinstance(found, KeyIndexMixin):
-        indexed = None if compiling else _INDEXED.get(type(found))
-        if indexed is None:
-            length = getattr(found, "get_seq_length", lambda: 0)()
-            return LayerCache(None, isinstance(length, int) and length > 0)
-        plain, found = found, object.__new__(indexed)
-        found.__dict__ = plain.__dict__  # whoever holds the plain layer sees the same keys
-        cache.layers[layer] = found
-        found.nc_filled = found.is_initialized and bool(found.get_seq_length() > 0)
-    if not compiling:
-        found.nc_check()
-    return LayerCache(found, found.nc_started())
+    if not torch.compiler.is_compiling():
+        if type(found) in _INDEXED:
+            plain, found = found, object.__new__(_INDEXED[type(found)])
+            found.__dict__ = plain.__dict__  # whoever holds the plain layer sees the same keys
+            cache.layers[layer] = found
+            found.nc_filled = found.is_initialized and bool(found.get_seq_length() > 0)
+        if isinstance(found, KeyIndexMixin):
+            found.nc_check()
+    length = getattr(found, "get_seq_length", lambda: 0)()
+    started = length > 0 if isinstance(length, int) else getattr(found, "nc_filled", False)
+    return LayerCache(found if isinstance(found, KeyIndexMixin) else None, started)
 
 
 class Indexes(NamedTuple):

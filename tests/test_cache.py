@@ -101,6 +101,7 @@ class CacheSequences(Machine):
     @invariant()
     def every_index_equals_a_fresh_one(self):
         if hasattr(self, "caches") and self.family == "llama":
+            self.first.nc_check()
             for index in self.first.nc_indexes.values():
                 assert_equals_fresh(index, self.first, self.length)
 

@@ -223,10 +223,6 @@ class KeyIndex:
         """``select`` with int64 ``[B]``, as many as sequences, into the same memory: static addresses stay."""
         self._map(lambda tensor: tensor.copy_(tensor.index_select(0, indices.to(tensor.device))))
 
-    def repeat(self, repeats: int) -> None:
-        """Repeats every sequence ``repeats`` times, copies side by side."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""
         twin = copy.copy(self)
