@@ -51,7 +51,7 @@ class KeyIndexMixin:
     # taken in.
     _nc_seen: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], tuple[Any, ...]] | None" = None
     _nc_updated: frozenset[str] = frozenset()
-    # Where each sequence began when its keys were last attended, see ``visibility.begins_by``; None if that is unknown.
+    # Where each sequence began and ended when it was last attended, see ``visibility.begins_by``; None if unknown.
     _nc_begins: "tuple[int, ...] | None" = None
     # Of which kinds no index may be kept: a model may attend keys that the layer does not hold, because it computes
     # them from what is cached, because a module stands for several layers, or because the cache has offloaded them.
@@ -81,7 +81,9 @@ class KeyIndexMixin:
                 self.nc_forget()
 
     def nc_begin(self, begins: tuple[int, ...] | None) -> None:
-        """Drops the indexes if sequences begin elsewhere than when they were made: pages are counted from there."""
+        """Drops the indexes if sequences begin elsewhere than when they were made, from where pages are counted, or had
+        padding behind them, of which indexes hold nothing.
+        """
         if begins is not None:
             if self._nc_begins not in (None, begins):
                 self.nc_forget()
