@@ -80,9 +80,13 @@ class Sums:
             self._fold(_FOLD_AT)
 
     def add_later(self, values: torch.Tensor, visible: torch.Tensor, setting: Any) -> None:
-        """Adds the tally of a call; where it has few queries it is taken of many such calls together."""
+        """Adds the tally of a call; where it has few queries it is taken of many such calls together.
+
+        Of values for all heads, which many layers have in common, it is taken once.
+        """
         if values.shape[2] > MAX_DECODE_QUERIES:
-            self.add(self.tally(values, visible, setting))
+            take = lambda: self.tally(values, visible, setting)  # noqa: E731
+            self.add(once(visible, ("tally", values, setting), take) if values.shape[1] == 1 else take())
             return
         with _LOCK:
             self._calls.append((values, visible, setting))
@@ -201,21 +205,13 @@ class LayerCounters:
             self.keys = Sums()
             self.mass = {phase: MassCounts() for phase in PHASES}
 
-    def add(
-        self, attended: torch.Tensor, visible: torch.Tensor, dense_reason: str | None = None, law: Any = None
-    ) -> None:
-        """Counts one call; the first arguments as in ``tally``.
-
-        ``law`` is what ``attended`` follows from beside ``visible``: layers that have one in common are tallied once.
-        """
+    def add(self, attended: torch.Tensor, visible: torch.Tensor, dense_reason: str | None = None) -> None:
+        """Counts one call; the first arguments as in ``tally``."""
         with _LOCK:
             self.calls += 1
             if dense_reason is not None:
                 self.dense_calls[dense_reason] += 1
-            if law is None:
-                self.keys.add_later(attended, visible, self.tail)
-            else:
-                self.keys.add(once(visible, ("tally", law, self.tail), lambda: tally(attended, visible, self.tail)))
+            self.keys.add_later(attended, visible, self.tail)
 
     def add_exceeded(self) -> bool:
         """Counts a call that dropped more than is allowed; returns whether it is the first one ever."""

@@ -122,10 +122,10 @@ def test_a_model_that_is_moved_while_it_is_counted_goes_on_counting():
     visible, bounds = torch.tensor([[[0, 4]]], dtype=torch.int32), torch.ones(1, 2, 1, 2)
     attended = torch.full((1, 2, 1), 3, dtype=torch.int32)
     for device in ["cpu"] * 3 + ["meta"] * 1100:
-        for law in (None, ()):
-            counters.add(attended.to(device), visible.to(device), law=law)
+        for queries in (1, 40):
+            counters.add(attended.to(device).expand(1, 2, queries), visible.to(device).expand(1, queries, 2))
         mass.add_bounds("exact", bounds.to(device), visible.to(device), 0.5)
-        mass.add_audit(torch.ones(3, 5, device=device), torch.ones(2, 2, device=device))
+        mass.add_audit(torch.ones(3, 5, device=device))
     assert counters.calls == 2 * 1103
     assert mass.calls == {"exact": 1103, "estimate": 1103}
 
