@@ -159,10 +159,10 @@ class KeyIndex:
         layout, room = LAYOUTS[kind], -(-capacity // _CAPACITY_UNIT) * _CAPACITY_UNIT
         tensors = layout.allocate(key, value, (start, end), layout.rows(room, block_size))
         origin = start.to(torch.int32).clone()
-        index = cls(kind, block_size, origin, capacity, key.dtype, chosen, tensors)
         if L:
-            index._write(key, value, torch.zeros_like(origin), end, L)
-        return index
+            given = [key, origin, torch.zeros_like(origin), end, key if value is None else value]
+            _write(tensors, given, kind, L, block_size, chosen)
+        return cls(kind, block_size, origin, capacity, key.dtype, chosen, tensors)
 
     def extend(self, key: torch.Tensor, count: int, end: torch.Tensor, value: torch.Tensor | None = None) -> None:
         """Takes in the last ``count`` keys before ``end[b]``, int ``[B]``, of each sequence b.
@@ -180,13 +180,8 @@ class KeyIndex:
             )
         _check(self.kind, key, value, end=end)
         self.make_room(key.shape[2])
-        self._write(key, value, end - new, end, new)
-
-    def _write(
-        self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, end: torch.Tensor, count: int
-    ) -> None:
-        tensors = [key, self.origin, first, end, key if value is None else value]
-        _write(self._tensors, tensors, self.kind, count, self.block_size, self._backend)
+        given = [key, self.origin, end - new, end, key if value is None else value]
+        _write(self._tensors, given, self.kind, new, self.block_size, self._backend)
 
     def make_room(self, length: int) -> None:
         """Makes room for ``length`` keys, with which what ``tensors`` returned before may be stale."""

@@ -81,7 +81,6 @@ def triton_block_attention(problem: Problem, options: BlockOptions) -> Attention
     The kept mass costs as much as dense attention.
 
     Raises:
-        TypeError, ValueError: a dtype or a shape that the kernels do not take.
         RuntimeError: a CUDA graph is being captured.
     """
     problem = launch.prepared(problem)
