@@ -151,7 +151,7 @@ def _attention(
         attended = result.attended if selection.counts_attended else problem.budget
         if dense_reason is not None:
             attended = once(visible, ("seen",), lambda: (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None])
-        counted = (attended, visible, dense_reason)
+        counted: tuple[Any, ...] = (attended, visible, dense_reason)
         patch.counters.add(*counted)
         alike = problem.sinks is None and not plan.measures and patch.observe is None and steps.is_plain(problem[:3])
         if decoding and in_place and held is not None and alike:

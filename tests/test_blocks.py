@@ -139,7 +139,7 @@ def test_its_interval_holds_the_truth():
     for case, kind in itertools.product(range(9), ("plain", "padded", "packed", "sliding")):
         result, true = audited(peaked(100 + case, 2, 600, Hq=(2, 4, 6)[case % 3]), kind, seed=case)
         counts = MassCounts()
-        counts.add_audit(result.audit, None)
+        counts.add_audit(result.audit)
         found = counts.summary()
         lower, upper = (torch.tensor([*found[f"{edge}_by_head"], found[edge]]) for edge in ("lower", "upper"))
         held += int(((lower <= true) & (true <= upper)).sum())
