@@ -161,9 +161,7 @@ class MassCounts(Sums):
             return None
         *heads, _ = self.read().tolist()
         names = ("mean", "lower", "upper", "least")
-        by_head: dict[str, Any] = {f"{name}_by_head": [_figures(head)[name] for head in heads] for name in names}
-        if overall["least"] is None:
-            by_head["least_by_head"] = None
+        by_head = {f"{name}_by_head": [_figures(head)[name] for head in heads] for name in names}
         return {"calls": dict(self.calls), **overall, **by_head}
 
 
