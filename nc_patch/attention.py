@@ -133,7 +133,9 @@ def _attention(
     if held is not None and not compiling:
         held.nc_begin(begins)
     if patch is not _UNPATCHED and not config.is_short(Lk) and not config.is_dense(layer):
-        problem, kept = _with_indexes(plan, patch, problem, held if in_place else None)
+        # An index is kept from where it is known that sequences begin; a capture cannot ask.
+        keeps = in_place and (begins is not None or not plan.host_reads)
+        problem, kept = _with_indexes(plan, patch, problem, held if keeps else None)
     result, dense_reason = _run(plan, patch, problem, selection, in_place), plan.dense_reason
     if held is not None and not compiling:
         held.nc_done()

@@ -97,10 +97,9 @@ class KeyIndexMixin:
         """The index of one kind, with the keys of this call; with ``later`` it has room, and who asks takes them in."""
         key, compiling = problem.key, torch.compiler.is_compiling()
         index = self.nc_indexes.get(kind)
-        if index is None or index.block_size != block_size or not index.fits(key) or index.is_unstarted():
+        if index is None or index.block_size != block_size or not index.fits(key):
             index = _built(problem, kind, block_size, backend)
             if isinstance(self, StaticLayer):
-                index.is_unstarted()  # read now: a compiled step cannot
                 for tensor in index.everything():
                     torch._dynamo.mark_static_address(tensor)
         else:
@@ -129,7 +128,7 @@ class KeyIndexMixin:
             if index is None or index.block_size != block_size or not index.fits(key):
                 return None
             index.make_room(key.shape[2])
-            if index.capacity != capacity or index.unstarted is not False or index.is_frozen():
+            if index.capacity != capacity or index.is_frozen():
                 return None
             found.append(index)
         return found
@@ -295,8 +294,7 @@ def indexes_of(config: NCConfig, problem: Problem, layer: KeyIndexMixin | None, 
         if layer is None:
             return None
         if torch.compiler.is_compiling():
-            index = layer.nc_indexes.get(kind)
-            if index is None or index.is_unstarted():
+            if kind not in layer.nc_indexes:
                 return None  # what would have to be built waits for a call outside the graph
         elif kind in layer.nc_never:
             return None
@@ -321,9 +319,7 @@ def _built(problem: Problem, kind: str, block_size: int, backend: str) -> KeyInd
     # The key at which the sequence starts: its interval may start later.
     start, end = problem.origin[:, -1].clamp(min=0), problem.visible[..., 1].amax(-1)
     key, value = problem.key, problem.value
-    index = KeyIndex.build(key, kind, value=value, start=start, end=end, block_size=block_size, backend=backend)
-    index.unstarted = (end <= start).any()
-    return index
+    return KeyIndex.build(key, kind, value=value, start=start, end=end, block_size=block_size, backend=backend)
 
 
 def forget_index(cache: Cache) -> None:

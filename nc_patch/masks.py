@@ -139,7 +139,7 @@ def _token_run(
     padding: torch.Tensor, end: torch.Tensor | int
 ) -> tuple[torch.Tensor, torch.Tensor, bool, tuple[int, ...] | None]:
     """First token of each row and the end of its last one, int64 ``[B, 1]``; whether nothing lies between them; and as
-    numbers the first ones, and how far the last ones are from the ``end`` of the queries, none where all are 0.
+    numbers the first ones, and how far the last ones are from the ``end`` of the queries: see ``begins_by``.
 
     Neither a compiled graph nor a capture can read that: they take it to be so, and a graph stops where it is not.
     """
@@ -151,7 +151,8 @@ def _token_run(
         torch._assert_async(whole, _HOLES)
         return first, stop, True, None
     is_whole, *begins = torch.cat((whole[None], first.flatten(), (end - stop).clamp(min=0).flatten())).tolist()
-    return first, stop, bool(is_whole), tuple(begins) if any(begins) else ()
+    known = padding.shape[-1] not in begins
+    return first, stop, bool(is_whole), (tuple(begins) if any(begins) else ()) if known else None
 
 
 def _refuse_right_padding(padding: torch.Tensor) -> None:

@@ -113,7 +113,6 @@ class KeyIndex:
         kind: ``"codes"``, ``"pages"`` or ``"means"``. block_size: keys per page of ``"pages"``.
         origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
         capacity: how many keys fit without a new allocation. dtype: that of the keys.
-        unstarted: whether a sequence had no keys yet when the index was built; as a tensor until somebody reads it.
     """
 
     kind: str
@@ -123,7 +122,6 @@ class KeyIndex:
     dtype: torch.dtype
     _backend: str
     _tensors: list[torch.Tensor]
-    unstarted: torch.Tensor | bool = False
     _row_origins: torch.Tensor | None = None
 
     @classmethod
@@ -231,12 +229,6 @@ class KeyIndex:
     def is_frozen(self) -> bool:
         """Whether it was made or grew in inference mode, which is over: then only its clone may be written to."""
         return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.everything())
-
-    def is_unstarted(self) -> bool:
-        """Whether it was made while a sequence had only padding, so that where that begins was not known."""
-        if isinstance(self.unstarted, torch.Tensor) and not torch.compiler.is_compiling():
-            self.unstarted = bool(self.unstarted)
-        return self.unstarted is True
 
     def everything(self) -> list[torch.Tensor]:
         """Everything that the index keeps."""
