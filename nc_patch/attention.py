@@ -133,7 +133,9 @@ def _attention(
     if held is not None and not compiling:
         held.nc_begin(begins)
     if patch is not _UNPATCHED and not config.is_short(Lk) and not config.is_dense(layer):
-        problem, kept = _with_indexes(plan, patch, problem, held if in_place else None)
+        # An index is kept from where it is known that sequences begin; a capture cannot ask.
+        keeps = in_place and (begins is not None or not plan.host_reads)
+        problem, kept = _with_indexes(plan, patch, problem, held if keeps else None)
     result, dense_reason = _run(plan, patch, problem, selection, in_place), plan.dense_reason
     if held is not None and not compiling:
         held.nc_done()
@@ -148,7 +150,10 @@ def _attention(
     if patch.observe is not None:
         patch.observe(Observed(layer, problem, result.output))
     if counts:
-        counted = _counted(patch, problem, result.attended if selection.counts_attended else None, dense_reason)
+        attended = result.attended if selection.counts_attended else problem.budget
+        if dense_reason is not None:
+            attended = once(visible, ("seen",), lambda: (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None])
+        counted: tuple[Any, ...] = (attended, visible, dense_reason)
         patch.counters.add(*counted)
         alike = problem.sinks is None and not plan.measures and patch.observe is None and steps.is_plain(problem[:3])
         if decoding and in_place and held is not None and alike:
@@ -340,23 +345,6 @@ def _sdpa(problem: Problem, mask: torch.Tensor | None, causal: bool = True) -> t
         return attend_all(rows, key, value, scale=problem.scale).reshape(*query.shape[:3], -1)
     causal = causal and mask is None and query.shape[2] > 1
     return attend_all(query, key, value, mask, 0.0, causal, scale=problem.scale, enable_gqa=problem.group > 1)
-
-
-def _counted(
-    patch: LayerPatch, problem: Problem, own: torch.Tensor | None, dense_reason: str | None
-) -> tuple[torch.Tensor, torch.Tensor, str | None, Any]:
-    """What ``LayerCounters.add`` takes of one call: its budget, or where the selection has its ``own`` number, that.
-
-    What follows from the intervals and the settings alone is worked out once for all layers.
-    """
-    visible, config = problem.visible, patch.config
-    attended = problem.budget if own is None else own
-    if dense_reason is not None:
-        attended = (visible[..., 1] - visible[..., 0]).clamp(min=0)[:, None]
-    if own is not None or attended.shape[-1] <= MAX_DECODE_QUERIES:
-        return attended, visible, dense_reason, None
-    law = () if dense_reason is not None else (config.laws(patch.layer), config.min_keys, config.dense_below)
-    return attended, visible, dense_reason, law
 
 
 AttentionInterface.register(IMPLEMENTATION, nc_attention_forward)

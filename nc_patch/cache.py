@@ -51,7 +51,7 @@ class KeyIndexMixin:
     # taken in.
     _nc_seen: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], tuple[Any, ...]] | None" = None
     _nc_updated: frozenset[str] = frozenset()
-    # Where each sequence began when its keys were last attended, see ``visibility.begins_by``; None if that is unknown.
+    # Where each sequence began and ended when it was last attended, see ``visibility.begins_by``; None if unknown.
     _nc_begins: "tuple[int, ...] | None" = None
     # Of which kinds no index may be kept: a model may attend keys that the layer does not hold, because it computes
     # them from what is cached, because a module stands for several layers, or because the cache has offloaded them.
@@ -60,6 +60,8 @@ class KeyIndexMixin:
     # may be held by others too, and is never written again: where the layer holds other views, shorter ones too, it
     # gets other memory.
     _nc_room: tuple[torch.Tensor, ...] | None = None
+    # Of a ``StaticLayer``: whether it holds keys. Its length lies on the device, and is not read at every call.
+    nc_filled = False
 
     def nc_compare(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keeps no index any more where the keys or values of a call of attention are not what ``update`` returned."""
@@ -79,7 +81,9 @@ class KeyIndexMixin:
                 self.nc_forget()
 
     def nc_begin(self, begins: tuple[int, ...] | None) -> None:
-        """Drops the indexes if sequences begin elsewhere than when they were made: pages are counted from there."""
+        """Drops the indexes if sequences begin elsewhere than when they were made, from where pages are counted, or had
+        padding behind them, of which indexes hold nothing.
+        """
         if begins is not None:
             if self._nc_begins not in (None, begins):
                 self.nc_forget()
@@ -93,10 +97,9 @@ class KeyIndexMixin:
         """The index of one kind, with the keys of this call; with ``later`` it has room, and who asks takes them in."""
         key, compiling = problem.key, torch.compiler.is_compiling()
         index = self.nc_indexes.get(kind)
-        if index is None or index.block_size != block_size or not index.fits(key) or index.is_unstarted():
+        if index is None or index.block_size != block_size or not index.fits(key):
             index = _built(problem, kind, block_size, backend)
             if isinstance(self, StaticLayer):
-                index.is_unstarted()  # read now: a compiled step cannot
                 for tensor in index.everything():
                     torch._dynamo.mark_static_address(tensor)
         else:
@@ -125,7 +128,7 @@ class KeyIndexMixin:
             if index is None or index.block_size != block_size or not index.fits(key):
                 return None
             index.make_room(key.shape[2])
-            if index.capacity != capacity or index.unstarted is not False or index.is_frozen():
+            if index.capacity != capacity or index.is_frozen():
                 return None
             found.append(index)
         return found
@@ -166,8 +169,8 @@ class KeyIndexMixin:
         self.nc_settle()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A pickle holds a layer of transformers, which loads where this library is not installed, and builds its index
-        # again where it is.
+        # Copies and pickles hold a layer of transformers, which loads where this library is not installed; where it is
+        # the index is built again.
         plain: Any = object.__new__(DynamicLayer if isinstance(self, DynamicLayer) else StaticLayer)
         plain.__dict__ = {name: value for name, value in self.__dict__.items() if not name.startswith(("nc_", "_nc_"))}
         for name in ("keys", "values"):
@@ -177,29 +180,9 @@ class KeyIndexMixin:
                 setattr(plain, name, held.clone())
         return copy.copy, (plain,)
 
-    def __copy__(self) -> "KeyIndexMixin":
-        return self.__deepcopy__(None)
-
-    def __deepcopy__(self, memo: dict[int, Any] | None) -> "KeyIndexMixin":
-        # What the keys were last seen as does not survive a copy: only whether the index was right. Nor does the room,
-        # into which a copy must not write; and a shallow copy has indexes of its own.
-        self.nc_check()
-        left_out = ("_nc_seen", "_nc_room")
-        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
-        twin = object.__new__(type(self))
-        twin.__dict__.update(state if memo is None else copy.deepcopy(state, memo))
-        twin.nc_indexes = {kind: index.clone() for kind, index in self.nc_indexes.items()}
-        twin.nc_settle()
-        return twin
-
 
 class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
     """``DynamicLayer`` with a key index, and with room for keys to come, so that a step does not copy all of them."""
-
-    def nc_started(self) -> bool:
-        """Whether it holds keys."""
-        length = self.get_seq_length()
-        return length > 0 if isinstance(length, int) else bool(self.nc_indexes)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -232,14 +215,6 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
         alike = key_states.dtype == keys.dtype and value_states.dtype == values.dtype and keys.numel() > 0
         return alike and key_states.shape[0] == keys.shape[0] and value_states.shape[0] == values.shape[0]
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._nc_follow(lambda index: index.repeat(repeats), "batch_repeat_interleave", repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        chosen = torch.as_tensor(indices)
-        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
-        self._nc_follow(lambda index: index.select(chosen), "batch_select_indices", indices)
-
     def crop(self, *arguments: Any) -> None:
         # Nothing of an index depends on later keys, but for the page of the last one, which is written again when the
         # next key comes.
@@ -248,13 +223,6 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
 
 class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
     """``StaticLayer`` with a key index at static addresses."""
-
-    # Whether it holds keys: its length lies on the device, and is not read at every call.
-    nc_filled = False
-
-    def nc_started(self) -> bool:
-        """Whether it holds keys."""
-        return self.nc_filled or bool(self.nc_indexes)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -291,19 +259,17 @@ def layer_cache(cache: Any, layer: int | None) -> LayerCache:
             return NO_CACHE
         cache.layers.append(cache.layer_class_to_replicate())
     found: Any = cache.layers[layer]
-    compiling = torch.compiler.is_compiling()
-    if not isinstance(found, KeyIndexMixin):
-        indexed = None if compiling else _INDEXED.get(type(found))
-        if indexed is None:
-            length = getattr(found, "get_seq_length", lambda: 0)()
-            return LayerCache(None, isinstance(length, int) and length > 0)
-        plain, found = found, object.__new__(indexed)
-        found.__dict__ = plain.__dict__  # whoever holds the plain layer sees the same keys
-        cache.layers[layer] = found
-        found.nc_filled = found.is_initialized and bool(found.get_seq_length() > 0)
-    if not compiling:
-        found.nc_check()
-    return LayerCache(found, found.nc_started())
+    if not torch.compiler.is_compiling():
+        if type(found) in _INDEXED:
+            plain, found = found, object.__new__(_INDEXED[type(found)])
+            found.__dict__ = plain.__dict__  # whoever holds the plain layer sees the same keys
+            cache.layers[layer] = found
+            found.nc_filled = found.is_initialized and bool(found.get_seq_length() > 0)
+        if isinstance(found, KeyIndexMixin):
+            found.nc_check()
+    length = getattr(found, "get_seq_length", lambda: 0)()
+    started = length > 0 if isinstance(length, int) else getattr(found, "nc_filled", False)
+    return LayerCache(found if isinstance(found, KeyIndexMixin) else None, started)
 
 
 class Indexes(NamedTuple):
@@ -328,8 +294,7 @@ def indexes_of(config: NCConfig, problem: Problem, layer: KeyIndexMixin | None, 
         if layer is None:
             return None
         if torch.compiler.is_compiling():
-            index = layer.nc_indexes.get(kind)
-            if index is None or index.is_unstarted():
+            if kind not in layer.nc_indexes:
                 return None  # what would have to be built waits for a call outside the graph
         elif kind in layer.nc_never:
             return None
@@ -354,9 +319,7 @@ def _built(problem: Problem, kind: str, block_size: int, backend: str) -> KeyInd
     # The key at which the sequence starts: its interval may start later.
     start, end = problem.origin[:, -1].clamp(min=0), problem.visible[..., 1].amax(-1)
     key, value = problem.key, problem.value
-    index = KeyIndex.build(key, kind, value=value, start=start, end=end, block_size=block_size, backend=backend)
-    index.unstarted = (end <= start).any()
-    return index
+    return KeyIndex.build(key, kind, value=value, start=start, end=end, block_size=block_size, backend=backend)
 
 
 def forget_index(cache: Cache) -> None:

@@ -40,7 +40,7 @@ def record(patch: LayerPatch, problem: Problem, result: AttentionResult, phase: 
     if audit is None:
         mass.add_bounds("exact" if result.kept_mass_bounds is None else "bounds", bounds, problem.visible, limit)
     else:
-        mass.add_audit(audit, result.enlarged)
+        mass.add_audit(audit)
     if error is not None and config.on_drop == "raise":
         raise error
     if first:

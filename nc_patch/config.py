@@ -25,8 +25,6 @@ DEFAULT_ALPHA, DEFAULT_C = 12.0, 0.5
 DEFAULT_DENSE_BELOW = 1024
 _DEFAULT_SELECTIONS: dict[str, Selection] = {"prefill": Block(), "decode": TopK()}
 _PHASES = tuple(_DEFAULT_SELECTIONS)
-# Options of earlier versions, which files may still hold with the value that was their default.
-_REMOVED = {"estimator": "sampled", "refine": True, "law": "power"}
 
 
 @dataclass(frozen=True, init=False)
@@ -89,7 +87,6 @@ class NCConfig:
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
-        _same_form(self.alpha, self.C)
 
     def __repr__(self) -> str:
         """``alpha``, ``C`` and what differs from its default; lists per layer by their size and range."""
@@ -202,24 +199,24 @@ class NCConfig:
                 raise ValueError(f"{name} has {len(value)} layers, the model has {num_layers}")
             for layer, heads in enumerate(value):
                 if isinstance(heads, tuple) and len(heads) != num_heads:
-                    raise ValueError(f"{name}[{layer}] has {len(heads)} heads, the model has {num_heads}")
+                    raise ValueError(f"{name}[{layer}] has {len(heads)} heads, the queries have {num_heads}")
         beyond = [layer for layer in self.dense_layers if layer >= num_layers]
         if beyond:
             raise ValueError(f"dense_layers names layers {beyond}, the model has layers 0 to {num_layers - 1}")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that JSON can hold and ``from_dict`` takes back."""
-        plain_values = {field.name: _as_lists(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return plain_values | {phase: getattr(self, phase).to_dict() for phase in _PHASES}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dict(json.loads(json.dumps(values, default=Selection.to_dict)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NCConfig":
-        """The config that ``to_dict`` wrote, here or in earlier versions; raises as the constructor."""
+        """The config that ``to_dict`` wrote; raises as the constructor."""
         if not isinstance(values, Mapping):
             raise TypeError(f"a config is a mapping of names to values, got {type(values).__name__}")
         if "alpha" not in values:
             raise TypeError("alpha is missing: give the factor of the budget law, for example alpha=2.0")
-        return cls(**{name: value for name, value in values.items() if (name, value) not in _REMOVED.items()})
+        return cls(**values)
 
     def to_json(self) -> str:
         """The config as a JSON object."""
@@ -343,15 +340,6 @@ def _per_head(name: str, value: Any, allowed: str, ok: Callable[[float], bool], 
     return check_number(name, value, allowed, ok)
 
 
-def _same_form(alpha: PerHead, C: PerHead) -> None:
-    if isinstance(alpha, tuple) and isinstance(C, tuple):
-        if len(alpha) != len(C):
-            raise ValueError(f"alpha has {len(alpha)} layers and C has {len(C)}; give both the same number")
-        for layer, (a, c) in enumerate(zip(alpha, C, strict=True)):
-            if isinstance(a, tuple) and isinstance(c, tuple) and len(a) != len(c):
-                raise ValueError(f"layer {layer}: alpha has {len(a)} heads and C has {len(c)}; give both the same")
-
-
 def _entry(name: str, values: tuple[Any, ...], of: str, number: int | None) -> Any:
     """What is given for one layer or head; ``of`` says of which of the two."""
     if number is None:
@@ -359,7 +347,3 @@ def _entry(name: str, values: tuple[Any, ...], of: str, number: int | None) -> A
     if not 0 <= number < len(values):
         raise ValueError(f"{name} is given for {len(values)} {of}s, got {of} {number}")
     return values[number]
-
-
-def _as_lists(value: Any) -> Any:
-    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -79,8 +79,7 @@ def sparse_attention(
     query, key, value = cast_for_autocast(query, key, value)
     B, Hq, Lq, Lk = check_tensors(query, key, value, sinks)
     refuse_transforms(query, key, value)
-    if len(config.laws(0)) not in (1, Hq):
-        raise ValueError(f"alpha and C are given for {len(config.laws(0))} heads, query has {Hq}")
+    config.check_model(1, Hq)
     for given, kind in ((index, chosen.index_kind), (means, "means" if chosen.uses_means else None)):
         if given is not None:
             check_index(given, key, kind, repr(chosen), Lq)

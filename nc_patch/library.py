@@ -54,7 +54,6 @@ def _fields(selection: Selection, problem: Problem) -> list[tuple[bool, tuple[in
         (problem.stats, rows, torch.float32),
         (selection.counts_attended, rows, torch.int32),
         (bounds, (*rows, 2), torch.float32),
-        (estimates and selection.enlarges, (heads, 2), torch.float32),
         (estimates and problem.audit_seed >= 0, (heads + 1, len(AUDIT_COLUMNS)), torch.float32),
     ]
 

@@ -91,7 +91,7 @@ def _within_keys(
     found: Starts, position: torch.Tensor, padding: torch.Tensor | None, kv_offset: int, kv_length: int
 ) -> tuple[Visibility, tuple[int, ...] | None]:
     """Intervals from their start to the query's own position, int64 ``[B, Lq]``, as they lie among a call's keys; and
-    where the padding lets rows begin, see ``visibility.begins_by``.
+    where the padding lets rows begin and end, see ``visibility.begins_by``.
     """
     start, origin = found
     begins: tuple[int, ...] | None = ()
@@ -99,7 +99,7 @@ def _within_keys(
     offset: int | torch.Tensor = kv_offset
     if padding is not None:
         # Cut to the tokens; a padding query sees nothing.
-        first, stop, whole, begins = _token_run(padding)
+        first, stop, whole, begins = _token_run(padding, position[:, -1:] + 1)
         start, end, origin = torch.maximum(start, first), torch.minimum(end, stop), torch.maximum(origin, first)
         end = torch.where(_is_token(padding, position), end, start)
         if not whole:
@@ -121,7 +121,7 @@ def _all_keys(
     """Packed intervals of all keys but padding, with the column that says not causal; None where padding has holes."""
     visible = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 1, 2)
     if padding is not None:
-        first, stop, whole, _ = _token_run(padding)
+        first, stop, whole, _ = _token_run(padding, 0)
         if not whole:
             return None
         visible = torch.cat((torch.minimum(first, stop), stop), -1)[:, None].to(torch.int32)
@@ -135,9 +135,11 @@ _HOLES = (
 )
 
 
-def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool, tuple[int, ...] | None]:
-    """First token of each row and the end of its last one, int64 ``[B, 1]``; whether nothing lies between them; and the
-    first ones again as numbers, none where all are 0.
+def _token_run(
+    padding: torch.Tensor, end: torch.Tensor | int
+) -> tuple[torch.Tensor, torch.Tensor, bool, tuple[int, ...] | None]:
+    """First token of each row and the end of its last one, int64 ``[B, 1]``; whether nothing lies between them; and as
+    numbers the first ones, and how far the last ones are from the ``end`` of the queries: see ``begins_by``.
 
     Neither a compiled graph nor a capture can read that: they take it to be so, and a graph stops where it is not.
     """
@@ -148,8 +150,9 @@ def _token_run(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool,
     if torch.compiler.is_compiling() or is_capturing(padding):
         torch._assert_async(whole, _HOLES)
         return first, stop, True, None
-    is_whole, *begins = torch.cat((whole[None], first.flatten())).tolist()
-    return first, stop, bool(is_whole), tuple(begins) if any(begins) else ()
+    is_whole, *begins = torch.cat((whole[None], first.flatten(), (end - stop).clamp(min=0).flatten())).tolist()
+    known = padding.shape[-1] not in begins
+    return first, stop, bool(is_whole), (tuple(begins) if any(begins) else ()) if known else None
 
 
 def _refuse_right_padding(padding: torch.Tensor) -> None:

@@ -143,8 +143,7 @@ def nc_stats(model: torch.nn.Module) -> PatchStats:
           between ``lower`` and ``upper``: for certain if ``certified``, otherwise with 95 %, estimated from
           ``audited_rows``. ``least`` is the lowest limit of any certified row; ``below`` of ``rows`` fall short of
           ``1 - max_dropped_mass``. Of a layer also ``calls`` by what the figures rest on (``"exact"``, ``"bounds"``,
-          ``"estimate"``, ``"dense"``), the figures ``_by_head``, and with ``min_mass`` the ``enlarged_fraction`` of
-          query blocks that took more than their budget.
+          ``"estimate"``, ``"dense"``), and the figures ``_by_head``.
         - ``layers``: a list with the same for each, beside ``layer``, ``name``, ``calls``, ``dense_calls`` (by reason)
           and ``exceeded_calls``, which dropped more than ``max_dropped_mass``.
         - ``left_dense``: what patching left as it was, such as vision towers: ``kind``, ``names`` and ``reason``.

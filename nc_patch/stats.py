@@ -36,31 +36,25 @@ def tally(attended: torch.Tensor, visible: torch.Tensor, tail: int | None) -> to
 
 
 def tally_bounds(bounds: torch.Tensor, visible: torch.Tensor, limit: float) -> torch.Tensor:
-    """The kept mass of a call of certain rows, float64 ``[Hq + 1, 10]``: by head, and of all together.
+    """The kept mass of a call of certain rows, float64 ``[Hq + 1, 8]``: by head, and of all together.
 
     Columns: rows; sums of the lower and upper ``bounds``, which are ``[B, Hq, Lq, 2]``; of an estimate its variance,
-    degrees of freedom and audited rows; query blocks, and how many took more than their budget; rows below ``limit``;
-    and, the one that is no sum, the least lower bound. Queries that see nothing are not counted.
+    degrees of freedom and audited rows; rows below ``limit``; and, the one that is no sum, the least lower bound.
+    Queries that see nothing are not counted.
     """
     seen = (visible[..., 1] > visible[..., 0])[:, None].expand(bounds.shape[:3])
     lower, upper = (edge.masked_fill(~seen, 0.0) for edge in bounds.double().unbind(-1))
     rows, lowers, uppers, below = (t.double().sum((0, 2)) for t in (seen, lower, upper, (lower < limit) & seen))
     least = lower.masked_fill(~seen, 1.0).amin((0, 2))
-    heads = torch.stack((rows, lowers, uppers, *[torch.zeros_like(rows)] * 5, below, least), -1)
+    heads = torch.stack((rows, lowers, uppers, *[torch.zeros_like(rows)] * 3, below, least), -1)
     return torch.cat((heads, _joined(heads)[None]))
 
 
-def tally_audit(audit: torch.Tensor, choice: torch.Tensor | None) -> torch.Tensor:
-    """The same of a call whose kept mass is estimated.
-
-    Args:
-        audit: as in ``AttentionResult``.
-        choice: ``[Hq, 2]``, query blocks and how many took more than their budget, where they may.
-    """
+def tally_audit(audit: torch.Tensor) -> torch.Tensor:
+    """The same of a call whose kept mass is estimated; ``audit`` as in ``AttentionResult``."""
     rows, kept, variance, freedom, audited = audit.double().unbind(-1)
     none = torch.zeros_like(rows)
-    blocks = (none, none) if choice is None else torch.cat((choice, choice.sum(0)[None])).double().unbind(-1)
-    return torch.stack((rows, kept, kept, variance, freedom, audited, *blocks, none, none + math.inf), -1)
+    return torch.stack((rows, kept, kept, variance, freedom, audited, none, none + math.inf), -1)
 
 
 def _joined(masses: torch.Tensor) -> torch.Tensor:
@@ -86,9 +80,13 @@ class Sums:
             self._fold(_FOLD_AT)
 
     def add_later(self, values: torch.Tensor, visible: torch.Tensor, setting: Any) -> None:
-        """Adds the tally of a call; where it has few queries it is taken of many such calls together."""
+        """Adds the tally of a call; where it has few queries it is taken of many such calls together.
+
+        Of values for all heads, which many layers have in common, it is taken once.
+        """
         if values.shape[2] > MAX_DECODE_QUERIES:
-            self.add(self.tally(values, visible, setting))
+            take = lambda: self.tally(values, visible, setting)  # noqa: E731
+            self.add(once(visible, ("tally", values, setting), take) if values.shape[1] == 1 else take())
             return
         with _LOCK:
             self._calls.append((values, visible, setting))
@@ -150,28 +148,21 @@ class MassCounts(Sums):
             self.calls[basis] += 1
             self.add_later(bounds, visible, limit)
 
-    def add_audit(self, audit: torch.Tensor, choice: torch.Tensor | None) -> None:
-        """Counts a call whose kept mass is estimated; arguments as in ``tally_audit``."""
+    def add_audit(self, audit: torch.Tensor) -> None:
+        """Counts a call whose kept mass is estimated; ``audit`` as in ``AttentionResult``."""
         with _LOCK:
             self.calls["estimate"] += 1
-            self.add(tally_audit(audit, choice))
+            self.add(tally_audit(audit))
 
     def summary(self) -> dict[str, Any] | None:
         """What ``nc_stats`` says of these calls, None where there were none; reads the device."""
         overall = total_mass([self])
         if overall is None:
             return None
-        *heads, every = self.read().tolist()
+        *heads, _ = self.read().tolist()
         names = ("mean", "lower", "upper", "least")
-        by_head: dict[str, Any] = {f"{name}_by_head": [_figures(head)[name] for head in heads] for name in names}
-        if overall["least"] is None:
-            by_head["least_by_head"] = None
-        return {
-            "calls": dict(self.calls),
-            **overall,
-            **by_head,
-            "enlarged_fraction": every[7] / every[6] if every[6] else None,
-        }
+        by_head = {f"{name}_by_head": [_figures(head)[name] for head in heads] for name in names}
+        return {"calls": dict(self.calls), **overall, **by_head}
 
 
 def total_mass(counts: Sequence[MassCounts]) -> dict[str, Any] | None:
@@ -183,7 +174,7 @@ def total_mass(counts: Sequence[MassCounts]) -> dict[str, Any] | None:
 
 def _figures(line: list[float]) -> dict[str, Any]:
     """Mean kept mass, the interval it lies in, proven or at 95 % where some rows are estimated, and what it is of."""
-    rows, lower, upper, variance, freedom, audited, _, _, below, least = line
+    rows, lower, upper, variance, freedom, audited, below, least = line
     spread = student_quantile(freedom, 1.959964) * math.sqrt(max(variance, 0.0)) if freedom > 0 else 0.0
     edges = {"mean": (lower + upper) / 2, "lower": lower - spread, "upper": upper + spread}
     return {
@@ -212,21 +203,13 @@ class LayerCounters:
             self.keys = Sums()
             self.mass = {phase: MassCounts() for phase in PHASES}
 
-    def add(
-        self, attended: torch.Tensor, visible: torch.Tensor, dense_reason: str | None = None, law: Any = None
-    ) -> None:
-        """Counts one call; the first arguments as in ``tally``.
-
-        ``law`` is what ``attended`` follows from beside ``visible``: layers that have one in common are tallied once.
-        """
+    def add(self, attended: torch.Tensor, visible: torch.Tensor, dense_reason: str | None = None) -> None:
+        """Counts one call; the first arguments as in ``tally``."""
         with _LOCK:
             self.calls += 1
             if dense_reason is not None:
                 self.dense_calls[dense_reason] += 1
-            if law is None:
-                self.keys.add_later(attended, visible, self.tail)
-            else:
-                self.keys.add(once(visible, ("tally", law, self.tail), lambda: tally(attended, visible, self.tail)))
+            self.keys.add_later(attended, visible, self.tail)
 
     def add_exceeded(self) -> bool:
         """Counts a call that dropped more than is allowed; returns whether it is the first one ever."""

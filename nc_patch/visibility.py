@@ -77,8 +77,8 @@ def made_for(mask: torch.Tensor) -> int | None:
 
 
 def begins_by(mask: torch.Tensor) -> tuple[int, ...] | None:
-    """Where the tokens of each row begin by the padding that packed intervals were made with: empty where all begin at
-    0, None where that is not known.
+    """Where the tokens of each row begin by the padding that packed intervals were made with, and how many positions of
+    padding are behind them: empty where all are 0; None where that is not known, or a row has no token yet.
     """
     return getattr(mask, "_nc_begins", None)
 

@@ -25,9 +25,8 @@ def made_up_profile(windows: Sequence[int] = (0, 0, 0), seed: int = 0) -> Profil
     fits = []
     for eps in (0.05, 0.2):
         support = np.clip(-np.log(eps) * needed, 1, visible[..., None])
-        alpha = -np.log(eps) * scale
-        half, near = np.full(C.shape, 0.1), (np.clip(C - 0.1, 0, 1), np.clip(C + 0.1, 0, 1))
-        fits.append(Fit(eps, alpha, alpha / 2, alpha * 2, C, *near, np.ones(C.shape), half, support))
+        ends = np.clip(C - 0.1, 0, 1), np.clip(C + 0.1, 0, 1)
+        fits.append(Fit(eps, -np.log(eps) * scale, C, *ends, np.full(C.shape, 0.1), support))
     return Profile(
         model="made-up",
         model_class="LlamaForCausalLM",

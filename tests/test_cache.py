@@ -101,6 +101,7 @@ class CacheSequences(Machine):
     @invariant()
     def every_index_equals_a_fresh_one(self):
         if hasattr(self, "caches") and self.family == "llama":
+            self.first.nc_check()
             for index in self.first.nc_indexes.values():
                 assert_equals_fresh(index, self.first, self.length)
 
@@ -268,6 +269,20 @@ def test_steps_have_the_gradient_of_a_query_whose_keys_have_none():
         sum(model(step, past_key_values=cache).logits.square().mean() for step in ids[:, -3:].split(1, 1)).backward()
         found.append(weight.grad)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("options", [{"selection": "block", "block_size": 16}, SETTINGS["topk by codes"]], ids=str)
+def test_keys_that_were_padding_behind_the_tokens_are_indexed_once_they_are_tokens(options):
+    found, ids = [], random_ids(1, 141)
+    for use in ("never", "always"):
+        model, cache = small(**options | {"key_index": use}), DynamicCache()
+        for first, last, padding in ((0, 20, 0), (20, 140, 90), (140, 141, 0)):
+            mask = torch.ones(1, last, dtype=torch.long)
+            mask[:, last - padding :] = 0
+            with torch.no_grad():
+                logits = model(ids[:, first:last], attention_mask=mask, past_key_values=cache).logits
+        found.append(logits)
+    torch.testing.assert_close(*found, atol=2e-5, rtol=0)
 
 
 def test_static_caches_are_reordered_outside_the_inference_mode_that_made_their_indexes():

@@ -17,6 +17,7 @@ from ways import EACH_SETTING, assert_close, state_of
 
 import nc_patch
 from nc_patch import BrokenCacheError, forget_index, nc_stats, patch_model, unpatch_model
+from nc_patch.cache import layer_cache
 
 PACKAGE = str(Path(nc_patch.__file__).parent)
 LENGTH = 50
@@ -54,6 +55,17 @@ def logits(model, ids, cache=None):
     return model(ids, past_key_values=cache, use_cache=cache is not None).logits[:, -1]
 
 
+def copied(cache):
+    """A copy of a cache with its indexes."""
+    twin = copy.deepcopy(cache)
+    for number, layer in enumerate(cache.layers):
+        layer.nc_check()
+        held = layer_cache(twin, number).layer
+        held.nc_indexes = {kind: index.clone() for kind, index in layer.nc_indexes.items()}
+        held.nc_settle()
+    return twin
+
+
 def without_index(model, options, cache, ids):
     """The logits of more tokens after what a cache holds, from its keys alone."""
     twin = copy.deepcopy(cache)
@@ -88,19 +100,19 @@ def test_a_decoding_step_or_a_later_piece_of_a_prompt_may_fail_anywhere(settings
     new, next_one, filled = ids[:, LENGTH:-1], ids[:, -1:], DynamicCache()
     logits(model, ids[:, :LENGTH], filled)
     expected, fresh = without_index(model, settings, filled, new), logits(model, ids)
-    logits(model, new, copy.deepcopy(filled))  # what is worked out once for all calls
-    twin = copy.deepcopy(filled)
+    logits(model, new, copied(filled))  # what is worked out once for all calls
+    twin = copied(filled)
     with Lines() as lines:
         found = logits(model, new, twin)
     assert_close(found, expected)
     before, refused = state_of(model), 0
     for at in places(lines.count, wanted):
-        cache = copy.deepcopy(filled)
+        cache = copied(filled)
         with pytest.raises(error, match="simulated"), Lines(at, error):
             logits(model, new, cache)
         assert state_of(model) == before
         # As it is: refused where some layers have taken the tokens and others have not, and right where they agree.
-        used = copy.deepcopy(cache)
+        used = copied(cache)
         if len({layer.get_seq_length() for layer in used.layers}) > 1:
             refused += 1
             with pytest.raises(BrokenCacheError, match="Start with a new cache"):

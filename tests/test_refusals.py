@@ -65,7 +65,7 @@ CODES, PAGES, MEANS = (KeyIndex.build(KEY, kind, value=KEY) for kind in ("codes"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alpha": [1.0, 2.0]}, "given for 2 heads, query has 4"),
+        ({"alpha": [1.0, 2.0]}, r"alpha\[0\] has 2 heads, the queries have 4"),
         ({"query": QUERY[:, :3]}, "multiple of the key/value heads, got 3 and 2"),
         ({"value": KEY[..., :0]}, r"head_dim must be at least 1, .*value \(2, 2, 30, 0\)"),
         ({"query": torch.zeros(2, 4, 40, 8)}, "at least as many keys as queries, got Lq=40 and Lk=30"),

@@ -45,7 +45,6 @@ def test_every_figure_says_what_it_rests_on(options, prefill, decode):
             assert found["rows"] == rows
             assert 0 < found["lower"] <= found["mean"] <= found["upper"] <= 1
             assert found["mean"] == pytest.approx(sum(found["mean_by_head"]) / 4, rel=1e-6)
-            assert bool(found["enlarged_fraction"]) == (basis == "estimate" and "min_mass" in options)
             assert found["certified"] == (basis != "estimate")
             assert (found["audited_rows"] > 0) == (basis == "estimate")
             assert (found["least"] is None) == (basis == "estimate")
@@ -95,7 +94,7 @@ def test_calls_add_up_what_is_certain_with_what_is_estimated_and_survive_copies_
     counters.mass["decode"].add_bounds("dense", torch.ones(1, 2, 2, 2), seen, 0.8)
     audit = torch.tensor([[10.0, 6.0, 0.5, 5.0, 6.0], [10.0, 8.0, 0.25, 5.0, 6.0], [20.0, 14.0, 0.4, 5.0, 12.0]])
     for _ in range(7):
-        counters.mass["prefill"].add_audit(audit, torch.tensor([[3.0, 1.0], [1.0, 0.0]]))
+        counters.mass["prefill"].add_audit(audit)
     counters.mass["prefill"].add_bounds("dense", torch.ones(1, 2, 30, 2), seen[:, :1].expand(1, 30, 2), 0.8)
     counters.exceeded_calls = 4
     half = 2.0301 * (7 * 0.4) ** 0.5 / 200  # the quantile of Student's t with 35 degrees of freedom
@@ -111,7 +110,7 @@ def test_calls_add_up_what_is_certain_with_what_is_estimated_and_survive_copies_
         assert prefill["mean_by_head"] == pytest.approx([0.72, 0.86])
         assert (prefill["mean"], prefill["upper"] - prefill["mean"]) == pytest.approx((0.79, half), rel=1e-3)
         assert (prefill["certified"], prefill["audited_rows"]) == (False, 2 * 7 * 6)
-        assert (prefill["enlarged_fraction"], prefill["calls"]) == (0.25, {"estimate": 7, "dense": 1})
+        assert prefill["calls"] == {"estimate": 7, "dense": 1}
         total = total_mass([held.mass["prefill"], MassCounts()])
         assert total == {name: prefill[name] for name in total}
     assert total_mass([MassCounts()]) is None
@@ -123,10 +122,10 @@ def test_a_model_that_is_moved_while_it_is_counted_goes_on_counting():
     visible, bounds = torch.tensor([[[0, 4]]], dtype=torch.int32), torch.ones(1, 2, 1, 2)
     attended = torch.full((1, 2, 1), 3, dtype=torch.int32)
     for device in ["cpu"] * 3 + ["meta"] * 1100:
-        for law in (None, ()):
-            counters.add(attended.to(device), visible.to(device), law=law)
+        for queries in (1, 40):
+            counters.add(attended.to(device).expand(1, 2, queries), visible.to(device).expand(1, queries, 2))
         mass.add_bounds("exact", bounds.to(device), visible.to(device), 0.5)
-        mass.add_audit(torch.ones(3, 5, device=device), torch.ones(2, 2, device=device))
+        mass.add_audit(torch.ones(3, 5, device=device))
     assert counters.calls == 2 * 1103
     assert mass.calls == {"exact": 1103, "estimate": 1103}
 

@@ -192,4 +192,4 @@ def test_a_mask_is_moved_to_a_device_once_for_all_layers_there_and_stays_where_i
     moved = [hand_on_mask(layer, (), {"attention_mask": mask})[1]["attention_mask"] for layer in layers]
     assert all(each is moved[0] for each in moved)
     assert (moved[0].device.type, is_packed(moved[0])) == ("meta", True)
-    assert (made_for(moved[0]), begins_by(moved[0])) == (5, (1,))
+    assert (made_for(moved[0]), begins_by(moved[0])) == (5, (1, 0))

@@ -9,7 +9,6 @@ from nc_patch.common import student_quantile
 _NORMAL = 1.6448536  # the 95 % quantile of the normal distribution
 _BOOTSTRAPS = 200
 _SAME = 0.05  # lengths whose logarithms are nearer to each other say nothing about a slope
-_WIDEST = 25.0  # the limit of the interval of log alpha
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,20 +17,16 @@ class Fit:
 
     Attributes:
         eps: share of the mass that may be missing.
-        alpha, C: factor, and exponent in [0, 1]; ``_low`` and ``_high`` are the ends of their 90 % intervals.
-        r2: share of the variance of log keys over the lengths that the law explains; 1 where they do not vary.
+        alpha, C: factor, and exponent in [0, 1]. C_low, C_high: the ends of its 90 % interval.
         level_half: half the width of the 90 % interval of log keys at the geometric mean of the lengths.
         support: ``[L, M, H]``, the points: geometric mean of the keys at each length.
     """
 
     eps: float
     alpha: np.ndarray
-    alpha_low: np.ndarray
-    alpha_high: np.ndarray
     C: np.ndarray
     C_low: np.ndarray
     C_high: np.ndarray
-    r2: np.ndarray
     level_half: np.ndarray
     support: np.ndarray
 
@@ -47,7 +42,6 @@ def fit_power_laws(log_n: np.ndarray, log_k: np.ndarray, eps: float, seed: int =
     points = log_k.mean((0, 4))  # [L, M, H]
     slope, intercept = theil_sen(log_n, points)
     residual = ((points - (intercept + slope * log_n[..., None])) ** 2).sum(0)
-    variance = ((points - points.mean(0)) ** 2).sum(0)
 
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(P, np.full(P, 1 / P), size=_BOOTSTRAPS)
@@ -64,16 +58,8 @@ def fit_power_laws(log_n: np.ndarray, log_k: np.ndarray, eps: float, seed: int =
         level_error = np.maximum(level_error, line / np.sqrt(L))
     quantile = student_quantile(max(P - 1, 2), _NORMAL) if P > 1 else _NORMAL
     C_half = np.where(spread < _SAME**2, 1.0, quantile * slope_error)
-    # log alpha is the level at the middle minus C times the middle, so its error has both.
-    alpha_half = np.hypot(quantile * level_error, C_half * log_n.mean(0)[:, None])
-    arrays = (
-        *np.exp([intercept, np.maximum(intercept - alpha_half, -_WIDEST), np.minimum(intercept + alpha_half, _WIDEST)]),
-        *np.clip([slope, slope - C_half, slope + C_half], 0.0, 1.0),
-        np.where(variance > 1e-12, 1 - residual / np.maximum(variance, 1e-12), 1.0),
-        quantile * level_error,
-        np.exp(points),
-    )
-    return Fit(eps, *map(significant, arrays))
+    exponents = np.clip([slope, slope - C_half, slope + C_half], 0.0, 1.0)
+    return Fit(eps, *map(significant, (np.exp(intercept), *exponents, quantile * level_error, np.exp(points))))
 
 
 def theil_sen(log_n: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,9 @@
 """``Profile``: what calibration measured on a model, and the budgets of every layer and head that follow from it."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,26 +27,16 @@ checked_count = partial(check_integer, least=1, error=ProfileError)
 checked_share = partial(check_number, allowed="a number in (0, 1)", ok=lambda v: 0 < v < 1, error=ProfileError)
 checked_fraction = partial(check_number, allowed="a number in (0, 1]", ok=lambda v: 0 < v <= 1, error=ProfileError)
 
-_ANY, _SHARE, _COUNT, _POSITIVE = (0, math.inf), (0, 1), (1, math.inf), (math.ulp(0.0), math.inf)
-# The fields of a file: kind of NumPy's dtype, shape (L lengths, M layers, H query heads, G numbers of keys), range.
-_FIELDS: dict[str, tuple[str, str, tuple[float, float]]] = {
-    **dict.fromkeys(("model", "model_class", "fingerprint", "texts", "aim"), ("U", "", _ANY)),
-    "pieces": ("i", "", _COUNT),
-    "lengths": ("i", "L", _COUNT),
-    "windows": ("i", "M", _ANY),
-    "keys": ("i", "G", _COUNT),
-    **dict.fromkeys(("alpha", "alpha_low", "alpha_high"), ("if", "MH", _POSITIVE)),
-    **dict.fromkeys(("C", "C_low", "C_high"), ("if", "MH", _SHARE)),
-    "visible": ("if", "LM", _COUNT),
-    "kept": ("if", "LMHG", _SHARE),
-    "error": ("if", "LMHG", _ANY),
-    "sensitivity": ("if", "MH", _ANY),
-    "eps": ("if", "", (math.ulp(0.0), 1)),
-    "r2": ("if", "MH", (-math.inf, 1)),
-    "level_half": ("if", "MH", _ANY),
-    "support": ("if", "LMH", _COUNT),
+# The lists of a file that hold numbers, by their sides: L lengths, M layers, H query heads, G numbers of keys.
+_SIDES = {
+    **dict.fromkeys(("alpha", "C", "C_low", "C_high", "level_half", "sensitivity"), "MH"),
+    **dict.fromkeys(("kept", "error"), "LMHG"),
+    "support": "LMH",
+    "visible": "LM",
+    "lengths": "L",
+    "windows": "M",
+    "keys": "G",
 }
-_KINDS = {"U": "a text", "i": "integers in lists of equal lengths", "if": "numbers in lists of equal lengths"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -246,7 +234,7 @@ class Profile:
         """The profile of a dictionary that ``to_dict`` gave.
 
         Raises:
-            ProfileError: a newer format; or a field is missing, unknown, of a wrong type or shape, or out of range.
+            ProfileError: a newer format; or a field is missing or of a wrong type or shape.
         """
         number = values.get("format") if isinstance(values, Mapping) else None
         if type(number) is not int or not 1 <= number <= FORMAT:
@@ -254,19 +242,13 @@ class Profile:
                 f"this is no profile, or one written by a newer nc_patch: its format must be a number from 1 to "
                 f"{FORMAT}, got {shown(number)}. Update nc_patch, or calibrate again."
             )
-        sides: dict[str, int] = {}
-        found = _checked("the profile", {name: values[name] for name in values if name != "format"}, cls, sides)
+        try:
+            sides = dict(zip("LMHG", np.shape(values["kept"]), strict=True))
+            found = _read(values, cls, sides)
+            found["fits"] = tuple(Fit(**_read(fit, Fit, sides)) for fit in values["fits"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"the profile is damaged, calibrate again: {type(error).__name__}: {error}") from error
         found["dense_layers"] = checked_layers(found["dense_layers"], sides["M"])
-        versions, fits = found["versions"], found["fits"]
-        if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
-            raise ProfileError(f"versions must be an object of texts, got {shown(versions)}")
-        if not isinstance(fits, list) or not fits:
-            raise ProfileError(f"fits must be a list of at least one fit, got {shown(fits)}")
-        found["fits"] = tuple(Fit(**_checked(f"fits[{i}]", fit, Fit, sides)) for i, fit in enumerate(fits))
-        eps = [fit.eps for fit in found["fits"]]
-        for name, numbers, fewest in (("lengths", found["lengths"], 2), ("keys", found["keys"], 3), ("eps", eps, 1)):
-            if len(numbers) < fewest or any(b <= a for a, b in pairwise(numbers)):
-                raise ProfileError(f"{name} must be {fewest} or more numbers in ascending order, got {numbers}")
         return cls(**found)
 
     @cached_property
@@ -316,31 +298,12 @@ def checked_layers(given: Any, layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(layers) if layer in found)
 
 
-def _checked(what: str, values: Any, kind: type, sides: dict[str, int]) -> dict[str, Any]:
-    """The fields of a ``kind`` in an object of JSON, checked; ``sides`` collects the lengths of the arrays' sides."""
-    names = {one.name for one in fields(kind)}
-    if not isinstance(values, Mapping):
-        raise ProfileError(f"{what} must be an object, got {shown(values)}")
-    if unknown := sorted(map(shown, values.keys() - names)):
-        raise ProfileError(f"{what} has unknown fields: {', '.join(unknown)}")
-    if missing := sorted(names - values.keys()):
-        raise ProfileError(f"{what} lacks {', '.join(missing)}")
-    found = dict(values)
-    for name, (dtype, shape, (least, most)) in ((name, _FIELDS[name]) for name in _FIELDS if name in names):
-        called = name if kind is Profile else f"{what}.{name}"
-        try:
-            array = np.array(values[name])
-        except ValueError:  # lists of several lengths
-            array = np.array(None)
-        if array.dtype.kind not in dtype:
-            raise ProfileError(f"{called} must be {_KINDS[dtype]}, got {shown(values[name])}")
-        sides |= dict(zip(shape, array.shape, strict=False)) | sides
-        wanted = tuple(sides.get(side, side) for side in shape)
-        if array.shape != wanted:
-            raise ProfileError(f"{called} must have the shape {wanted}, got {array.shape}")
-        if dtype != "U" and not (np.isfinite(array) & (array >= least) & (array <= most)).all():
-            got = f"{array.min():g} to {array.max():g}"
-            raise ProfileError(f"{called} must be finite and from {least:g} to {most:g}, got {got}")
-        if shape:
-            found[name] = tuple(array.tolist()) if dtype == "i" else array.astype(float)
+def _read(values: Mapping[str, Any], kind: type, sides: dict[str, int]) -> dict[str, Any]:
+    """The fields of a ``kind`` in an object of a file; lists of numbers have ``sides``, and become arrays or tuples."""
+    found = {one.name: values[one.name] for one in fields(kind)}
+    for name in found.keys() & _SIDES.keys():
+        array, wanted = np.array(values[name], dtype=float), tuple(sides[side] for side in _SIDES[name])
+        if array.shape != wanted or not np.isfinite(array).all():
+            raise ValueError(f"{name} must be finite and of the shape {wanted}, got {shown(values[name])}")
+        found[name] = array if array.ndim > 1 else tuple(values[name])
     return found

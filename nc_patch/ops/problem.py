@@ -124,7 +124,6 @@ class AttentionResult(NamedTuple):
             alone; 1 for a query that sees no key.
         attended: int32 ``[B, Hq, Lq]``, the number of keys attended.
         kept_mass_bounds: float ``[B, Hq, Lq, 2]``, two numbers between which the kept mass lies for certain.
-        enlarged: float32 ``[Hq, 2]``, how many blocks of queries there are, and how many attend more than their budget.
         audit: float32 ``[Hq + 1, 5]``, an unbiased estimate of what such a choice keeps, in ``AUDIT_COLUMNS``; a line
             for each head, and one of all together, whose estimates come from the same rows, and err together.
     """
@@ -134,7 +133,6 @@ class AttentionResult(NamedTuple):
     kept_mass: torch.Tensor | None = None
     attended: torch.Tensor | None = None
     kept_mass_bounds: torch.Tensor | None = None
-    enlarged: torch.Tensor | None = None
     audit: torch.Tensor | None = None
 
 

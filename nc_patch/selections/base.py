@@ -96,11 +96,6 @@ class Selection:
         """Keys per page of its index, where that has pages."""
         return 1
 
-    @property
-    def enlarges(self) -> bool:
-        """Whether prefill may attend more than the budget, which ``enlarged`` of the result then counts."""
-        return False
-
     def choice(self, problem: Problem) -> Choice:
         """What each block of rows attends, for a forward or backward pass in PyTorch."""
         return Choice(problem, self.keep)

@@ -113,7 +113,6 @@ class KeyIndex:
         kind: ``"codes"``, ``"pages"`` or ``"means"``. block_size: keys per page of ``"pages"``.
         origin: int32 ``[B]``, the position of each sequence's first key, which pages are counted from.
         capacity: how many keys fit without a new allocation. dtype: that of the keys.
-        unstarted: whether a sequence had no keys yet when the index was built; as a tensor until somebody reads it.
     """
 
     kind: str
@@ -123,7 +122,6 @@ class KeyIndex:
     dtype: torch.dtype
     _backend: str
     _tensors: list[torch.Tensor]
-    unstarted: torch.Tensor | bool = False
     _row_origins: torch.Tensor | None = None
 
     @classmethod
@@ -159,10 +157,10 @@ class KeyIndex:
         layout, room = LAYOUTS[kind], -(-capacity // _CAPACITY_UNIT) * _CAPACITY_UNIT
         tensors = layout.allocate(key, value, (start, end), layout.rows(room, block_size))
         origin = start.to(torch.int32).clone()
-        index = cls(kind, block_size, origin, capacity, key.dtype, chosen, tensors)
         if L:
-            index._write(key, value, torch.zeros_like(origin), end, L)
-        return index
+            given = [key, origin, torch.zeros_like(origin), end, key if value is None else value]
+            _write(tensors, given, kind, L, block_size, chosen)
+        return cls(kind, block_size, origin, capacity, key.dtype, chosen, tensors)
 
     def extend(self, key: torch.Tensor, count: int, end: torch.Tensor, value: torch.Tensor | None = None) -> None:
         """Takes in the last ``count`` keys before ``end[b]``, int ``[B]``, of each sequence b.
@@ -180,13 +178,8 @@ class KeyIndex:
             )
         _check(self.kind, key, value, end=end)
         self.make_room(key.shape[2])
-        self._write(key, value, end - new, end, new)
-
-    def _write(
-        self, key: torch.Tensor, value: torch.Tensor | None, first: torch.Tensor, end: torch.Tensor, count: int
-    ) -> None:
-        tensors = [key, self.origin, first, end, key if value is None else value]
-        _write(self._tensors, tensors, self.kind, count, self.block_size, self._backend)
+        given = [key, self.origin, end - new, end, key if value is None else value]
+        _write(self._tensors, given, self.kind, new, self.block_size, self._backend)
 
     def make_room(self, length: int) -> None:
         """Makes room for ``length`` keys, with which what ``tensors`` returned before may be stale."""
@@ -223,10 +216,6 @@ class KeyIndex:
         """``select`` with int64 ``[B]``, as many as sequences, into the same memory: static addresses stay."""
         self._map(lambda tensor: tensor.copy_(tensor.index_select(0, indices.to(tensor.device))))
 
-    def repeat(self, repeats: int) -> None:
-        """Repeats every sequence ``repeats`` times, copies side by side."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
     def clone(self) -> "KeyIndex":
         """A copy in memory of its own."""
         twin = copy.copy(self)
@@ -240,12 +229,6 @@ class KeyIndex:
     def is_frozen(self) -> bool:
         """Whether it was made or grew in inference mode, which is over: then only its clone may be written to."""
         return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.everything())
-
-    def is_unstarted(self) -> bool:
-        """Whether it was made while a sequence had only padding, so that where that begins was not known."""
-        if isinstance(self.unstarted, torch.Tensor) and not torch.compiler.is_compiling():
-            self.unstarted = bool(self.unstarted)
-        return self.unstarted is True
 
     def everything(self) -> list[torch.Tensor]:
         """Everything that the index keeps."""

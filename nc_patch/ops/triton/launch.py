@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import triton
 
-from nc_patch.ops.means import PageMeans, slot_count
-from nc_patch.ops.problem import MAX_HEAD_DIM, AttentionResult, Problem, check_int32, check_tensors, describe
+from nc_patch.ops.means import PageMeans
+from nc_patch.ops.problem import AttentionResult, Problem
 from nc_patch.ops.triton.attend import attend_kernel
 from nc_patch.ops.triton.structs import Heads, Limits, RowInputs, ScoreSettings, Shape, constants, heads
 from nc_patch.ops.triton.tail import Tail
@@ -195,27 +195,11 @@ def compile_options(tiles: Tiles, architecture: str) -> dict[str, Any]:
 
 
 def prepared(problem: Problem) -> Problem:
-    """The problem, with last axes that are dense and integers that are contiguous: copies where they are not.
-
-    Raises:
-        TypeError, ValueError: tensors that do not fit each other and the kernels.
-    """
-    query, key, value, means = problem.query, problem.key, problem.value, problem.means
-    B, Hq, Lq, Lk = check_tensors(query, key, value, problem.sinks)
-    if max(problem.head_dims) > MAX_HEAD_DIM:
-        D, DV = problem.head_dims
-        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {D} and {DV}: use the torch backend")
-    check_int32("visible", problem.visible, (B, Lq, 2), query.device)
-    check_int32("origin", problem.origin, (B, Lq), query.device)
-    check_int32("budget", problem.budget, (B, 1 if problem.budget.shape[1:2] == (1,) else Hq, Lq), query.device)
-    for name, mean, rows in () if means is None else (("keys", means.key, key), ("values", means.value, value)):
-        slots = max(slot_count(Lk), mean.shape[2] if mean.dim() == 4 else 0)
-        shape = (*rows.shape[:2], slots, rows.shape[3])
-        if mean.dtype != rows.dtype or tuple(mean.shape) != shape or mean.device != rows.device:
-            raise ValueError(f"means of {name} must be {describe(rows.new_empty(shape))}, got {describe(mean)}")
+    """The problem, with last axes that are dense and integers that are contiguous: copies where they are not."""
+    means = problem.means
     return problem._replace(
-        query=dense_last(query), key=dense_last(key), value=dense_last(value), visible=problem.visible.contiguous(),
-        origin=problem.origin.contiguous(), budget=problem.budget.contiguous(),
+        query=dense_last(problem.query), key=dense_last(problem.key), value=dense_last(problem.value),
+        visible=problem.visible.contiguous(), origin=problem.origin.contiguous(), budget=problem.budget.contiguous(),
         sinks=None if problem.sinks is None else problem.sinks.contiguous(),
         means=None if means is None else PageMeans(*map(dense_last, means)),
         key_index=tuple(x.contiguous() for x in problem.key_index),

@@ -26,27 +26,17 @@ def judged(
     result: AttentionResult, problem: Problem, plan: BlockPlan, options: BlockOptions, choice: BlockChoice,
     expected: torch.Tensor | None,
 ) -> AttentionResult:  # fmt: skip
-    """A result with what there is to say of its choice: how often ``min_mass`` has enlarged it, and the ``audit``."""
-    if options.enlarges:
-        more = (choice.block_counts > plan.law).sum(0).repeat_interleave(problem.group)
-        result = result._replace(enlarged=torch.stack((torch.full_like(more, len(plan.law)), more), -1).float())
-    if expected is not None:
-        result = result._replace(audit=audit(problem, plan, choice, expected, options.size))
-    return result
-
-
-def audit(
-    problem: Problem, plan: BlockPlan, choice: BlockChoice, expected: torch.Tensor, block_size: int
-) -> torch.Tensor:
-    """The audit of a choice for N query blocks, float32 ``[Hq + 1, 5]``, columns ``AUDIT_COLUMNS``.
+    """A result with the audit of a choice for N query blocks, float32 ``[Hq + 1, 5]``, columns ``AUDIT_COLUMNS``.
 
     Its rows are drawn by ``problem.audit_seed``; the global random state is left alone. Does not read the device.
-    ``expected``, float32 ``[N, Hq]``, is the mean kept mass of each query block's scored rows.
+    ``expected``, float32 ``[N, Hq]``, is the mean kept mass of each query block's scored rows, None for no audit.
     """
+    if expected is None:
+        return result
     B, Hq, Lq, _ = problem.query.shape
     count, owner = audited_rows(Lq), plan.owner
     if len(expected) == 0:
-        return expected.new_zeros(Hq + 1, len(AUDIT_COLUMNS))
+        return result._replace(audit=expected.new_zeros(Hq + 1, len(AUDIT_COLUMNS)))
     occupied = owner >= 0
     rows = occupied.sum(-1)
     drawn = _draw(occupied, rows, count, problem.audit_seed)
@@ -57,7 +47,7 @@ def audit(
         keys = problem.key[b].float()
         for some in (slice(first, first + step) for first in range(0, count, step)):
             chosen = BlockChoice(*(each[number[b, some]] for each in choice))
-            kept[b, :, some] = _kept_mass(problem, b, drawn[b, some], keys, chosen, block_size)
+            kept[b, :, some] = _kept_mass(problem, b, drawn[b, some], keys, chosen, options.size)
     difference = kept - expected.T[:, number].transpose(0, 1)  # [B, Hq, count]
     spread = difference.var(-1)
     # Of a head that rarely drops much, few rows may show none of it: half of what other heads show counts too.
@@ -70,7 +60,7 @@ def audit(
     heads[-1] = Hq
     kept_mass, audited = torch.cat((estimate, estimate.sum()[None])), sequences * count
     freedom = (audited - sequences).expand_as(heads)
-    return torch.stack((rows.sum() * heads, kept_mass, variance, freedom, audited * heads), -1)
+    return result._replace(audit=torch.stack((rows.sum() * heads, kept_mass, variance, freedom, audited * heads), -1))
 
 
 def _draw(occupied: torch.Tensor, rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:

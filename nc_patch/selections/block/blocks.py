@@ -46,11 +46,6 @@ class BlockOptions(Selection):
         "max_factor": partial(check_number, allowed="a number of at least 1", ok=lambda v: v >= 1),
     }
 
-    @property
-    def enlarges(self) -> bool:
-        """Whether it has a mass to aim at."""
-        return self.min_mass is not None
-
 
 class BlockChoice(NamedTuple):
     """The key blocks that each query block attends: int32 ``[N, Hkv, M]``, ascending, -1 beyond the ``[N, Hkv]``."""

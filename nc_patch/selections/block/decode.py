@@ -43,7 +43,7 @@ def bound_block_decode(problem: Problem) -> Callable[[Problem], AttentionResult]
     attention.
 
     Raises:
-        TypeError, ValueError: a dtype or a shape that the kernels do not take, or more than ``MAX_PAGES`` pages.
+        ValueError: statistics that do not fit the keys, or more than ``MAX_PAGES`` pages.
     """
     length, most = problem.key.shape[2], -(-problem.most // problem.page_size)
     keys = length if problem.table is not None else -(-length // _KEYS)

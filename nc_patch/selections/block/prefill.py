@@ -81,7 +81,6 @@ def triton_block_attention(problem: Problem, options: BlockOptions) -> Attention
     The kept mass costs as much as dense attention.
 
     Raises:
-        TypeError, ValueError: a dtype or a shape that the kernels do not take.
         RuntimeError: a CUDA graph is being captured.
     """
     problem = launch.prepared(problem)
@@ -113,7 +112,7 @@ def choose_blocks(
     def floats(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    kept = None if problem.audit_seed < 0 else floats(Hkv, S, group)
+    kept, aims = None if problem.audit_seed < 0 else floats(Hkv, S, group), options.min_mass is not None
     both = {
         "plan": Plan(plan.table, plan.samples, plan.sample_owner, plan.recent, plan.law, plan.limit),
         "scores": floats(scores * group * Hkv), "row_lse": floats(sums * group * Hkv), "group": group,
@@ -121,10 +120,10 @@ def choose_blocks(
     scored = {
         "query": heads(query), "key": heads(problem.key), "visible": problem.visible, "Lq": query.shape[2],
         "Lk": problem.key.shape[2], "settings": launch.settings_of(problem), "shape": launch.shape_of(D, D, tiles),
-        "BLOCK_SIZE": options.size, "MASS": options.enlarges, **both, **score_options(D, tiles, architecture),
+        "BLOCK_SIZE": options.size, "MASS": aims, **both, **score_options(D, tiles, architecture),
     }  # fmt: skip
     chosen = {
-        "all_weights": floats(blocks * Hkv), "all_masses": floats(blocks * Hkv) if options.enlarges else None,
+        "all_weights": floats(blocks * Hkv), "all_masses": floats(blocks * Hkv) if aims else None,
         "choice": choice, "kept": kept, "num_kv_heads": Hkv, "sample_count": S, "capacity": plan.capacity,
         "min_mass": options.min_mass, "BLOCK_R": _ROWS_AT_ONCE, "BLOCK_C": _BLOCKS_AT_ONCE, "BLOCK_P": _RANKS_AT_ONCE,
         **both, **launch.compile_options(Tiles(_ROWS_AT_ONCE, _BLOCKS_AT_ONCE, 4, 1), architecture),

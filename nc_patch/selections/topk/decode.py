@@ -54,9 +54,6 @@ def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Cal
             what lies beyond the intervals is not looked at. A budget larger than ``most`` is right, but slow. The codes
             and the ``means``, which stand for the keys that are not attended, take in the ``new`` keys first.
         sink_keys, recent_keys: keys attended always.
-
-    Raises:
-        TypeError, ValueError: a dtype or a shape that the kernels do not take.
     """
     take_in, keys = partial(extend, kind="codes", backend="triton"), _planned_keys(problem)
     return bound_decoder(_decoder, take_in, problem, keys, problem.most, sink_keys, recent_keys)
