@@ -212,8 +212,10 @@ _TEXT = re.compile("[^\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,99999}")
 _COUNT, _POSITIVE = range(10**15), range(1, 10**15)
 _NUMBER, _NOT_NEGATIVE, _SHARE = (-1e15, 1e15), (0, 1e15), (0, 1 + 1e-6)
 _CELL, _OF_TEXT = tuple(field.name for field in fields(Cell)), ("loss_sum", "tokens", "bytes")
-_RUN = ("command", "model_dtype", "text_origin", "model_parameters", "text_tokens", "planned")
-_RUN += ("identity", "hardware", "sessions")
+_RUN = (
+    *("command", "model_dtype", "text_origin", "model_parameters", "text_tokens", "planned"),
+    *("identity", "hardware", "sessions"),
+)
 _IDENTITY = ("model", "phase", "match", "methods", "tasks", "lengths", "samples", "equal_at")
 # What the fields of rows, records and identities may hold: whole numbers of a range, numbers between two, texts of a
 # pattern, lists of something, objects.
@@ -227,8 +229,14 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("attended_fraction", "tail_attended_fraction", "depth"), _SHARE),
     **dict.fromkeys(("score", "loss_sum", "alpha", "C"), _NUMBER),
     **dict.fromkeys(("phase", "failed", "commit", "command", "model", "model_dtype", "text_origin", "match"), _TEXT),
-    "methods": [_NAME], "tasks": [_NAME], "lengths": [_POSITIVE], "token_losses": [_NUMBER],
-    "identity": {}, "hardware": {}, "ran_dense": {}, "sessions": [{"hardware": {}, "other_hardware": [{}]}],
+    "methods": [_NAME],
+    "tasks": [_NAME],
+    "lengths": [_POSITIVE],
+    "token_losses": [_NUMBER],
+    "identity": {},
+    "hardware": {},
+    "ran_dense": {},
+    "sessions": [{"hardware": {}, "other_hardware": [{}]}],
 }
 
 
