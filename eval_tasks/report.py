@@ -327,7 +327,7 @@ def costs(at: pd.DataFrame, run: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
 
 
 def quality(row: Any) -> str:
-    """A method against dense in one task: change of perplexity, or points of right answers; below, the 95 % interval."""
+    """A method against dense in one task, change of perplexity or points of right answers, and its interval below."""
     loss = [row.loss_minus_dense, row.low, row.high]
     if math.isnan(loss[0]):
         return "failed" if row.samples == 0 else "not compared"

@@ -271,5 +271,5 @@ def test_loss_by_position_is_of_the_samples_that_a_method_shares_with_dense():
     [panel] = position_panels(measurements([*rows, measured(0, "dense", 0.0, 1024)]))
     assert panel.title == "perplexity at 512 tokens"
     sparse, dense = panel.lines
-    assert (sparse.label, list(sparse.y)) == ("α·n^C top-k", pytest.approx([0.5 * place for place in range(10)]))
-    assert (dense.label, dense.y) == ("dense", [0.0] * 10)
+    assert (sparse.label, list(sparse.values)) == ("α·n^C top-k", pytest.approx([0.5 * place for place in range(10)]))
+    assert (dense.label, list(dense.values)) == ("dense", [0.0] * 10)
