@@ -1,4 +1,4 @@
-"""The plots of a report, made with matplotlib: lines named where they end, and maps of depths.
+"""The plots of a report, made with matplotlib: lines named where they end.
 
 A plot is as wide as the page of a phone, where one point is one pixel; a wide page has several of them in a row.
 """
@@ -42,7 +42,7 @@ _STYLE = {
 _WIDTH, _LABEL_HEIGHT = 352, 17.0
 # Above this ratio of largest to smallest value an axis is logarithmic.
 _LOGARITHMIC_FROM = 4.0
-_POSITION_BINS, _DEPTH_BINS, _TICKS = 16, 10, 4
+_POSITION_BINS, _TICKS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -141,26 +141,6 @@ def draw(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def depth_maps(own: pd.DataFrame) -> list[Figure]:
-    """Share of right answers of one task by depth of the needle and context length, a figure for each method."""
-    lengths, found = sorted(set(own["length"])), []
-    band = np.minimum((own["depth"] * _DEPTH_BINS).astype(int), _DEPTH_BINS - 1)
-    scores = 100 * own.groupby(["method", band, "length"], observed=True)["score"].mean().unstack()
-    for name in scores.index.unique("method"):
-        with matplotlib.rc_context(_STYLE):
-            figure = Figure(figsize=(_WIDTH / 72, 270 / 72), dpi=72, layout="constrained")
-            axis = figure.subplots()
-            cells = scores.loc[name].reindex(index=range(_DEPTH_BINS), columns=lengths)
-            image = axis.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-            axis.set_facecolor("#DDDDDD")  # where nothing was measured
-            axis.set(title=find_method(name).title, ylabel="depth of the needle")
-            _length_ticks(axis, range(len(lengths)), lengths)
-            axis.set_yticks([-0.5, _DEPTH_BINS / 2 - 0.5, _DEPTH_BINS - 0.5], ["0 %", "50 %", "100 %"])
-            figure.colorbar(image, label="% right")
-        found.append(figure)
-    return found
-
-
 def to_svg(figure: Figure) -> bytes:
     """The figure as an SVG file; equal figures give equal bytes."""
     buffer = io.BytesIO()
@@ -207,15 +187,10 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     if panel.by_length:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_minor_locator(NullLocator())
-        lengths = sorted({length for line in panel.lines for length in line.values.index})
-        _length_ticks(axis, lengths, lengths)
-
-
-def _length_ticks(axis: Axes, places: Sequence[float], lengths: Sequence[int]) -> None:
-    """Labels of lengths, 4,096 as 4K; of many every second or third, the longest among them."""
-    step = math.ceil(len(lengths) / _TICKS)
-    words = [f"{n >> 20}M" if n >= 1 << 20 else f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in lengths]
-    axis.set_xticks(list(places)[::-1][::step], words[::-1][::step])
+        lengths = sorted({length for line in panel.lines for length in line.values.index}, reverse=True)
+        ticks = lengths[:: math.ceil(len(lengths) / _TICKS) or 1]  # the longest among them
+        words = (f"{n >> 20}M" if n >= 1 << 20 else f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in ticks)
+        axis.set_xticks(ticks, list(words))
 
 
 def _name_lines(axis: Axes, panel: Panel) -> None:

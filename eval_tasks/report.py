@@ -126,8 +126,6 @@ class Report:
         needed = "Budgets that the quality of dense attention needs, by context length."
         drawn = lambda panels: [figures.draw([panel]) for panel in panels]  # noqa: E731
         yield needed if len(self.needed) else caption, drawn(self.panels())
-        for task, own in self.frame.dropna(subset=["depth", "score"]).groupby("task", observed=True):
-            yield f"{task}: share of right answers by depth of the needle and length.", figures.depth_maps(own)
         if panels := figures.position_panels(self.frame):
             caption = "Loss over dense, in nats per token, by position within the scored tokens; above 0 is worse."
             yield caption, drawn(panels)
@@ -270,16 +268,7 @@ def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame)
     said = []
     if len(compared):
         fewest = compared["documents"].min()
-        judged = compared[~compared["dense_fails"] & compared["p_difference"].notna()]
-        told = f"{'Few samples: ' * bool(fewest < _FEW)}{fewest} documents or more in each comparison."
-        if len(judged):
-            within = judged.loc[judged["needed_within"].idxmax()]
-            told += (
-                f" With {len(judged)} comparisons a difference takes at least {within['needed']} documents to show, "
-                f"and “as good” {within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons take "
-                "fewer."
-            )
-        said.append(told)
+        said.append(f"{'Few samples: ' * bool(fewest < _FEW)}{fewest} documents or more in each comparison.")
     for task, own in compared[compared["dense_fails"]].groupby("task", observed=True):
         lengths = ", ".join(f"{length:,}" for length in sorted(set(own["length"])))
         said.append(f"Dense attention itself fails in {title_of(task)} at {lengths} tokens: judge no method there.")

@@ -226,7 +226,7 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("model_parameters", "text_tokens", "planned"), _COUNT),
     **dict.fromkeys(("mean_keys", "tail_mean_keys"), _NOT_NEGATIVE),
     **dict.fromkeys(("seconds", "prefill_seconds", "first_token_seconds"), _NOT_NEGATIVE),
-    **dict.fromkeys(("attended_fraction", "tail_attended_fraction", "depth"), _SHARE),
+    **dict.fromkeys(("attended_fraction", "tail_attended_fraction"), _SHARE),
     **dict.fromkeys(("score", "loss_sum", "alpha", "C"), _NUMBER),
     **dict.fromkeys(("phase", "failed", "commit", "command", "model", "model_dtype", "text_origin", "match"), _TEXT),
     "methods": [_NAME],

@@ -30,7 +30,7 @@ _TASKS_SHOWN = 3
 _GAIN_NEEDED = _SCORE_NEEDED = 0.5
 _NUMBERS = [
     "score", "loss_sum", "tokens", "bytes", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction",
-    "tail_mean_keys", "seconds", "peak_memory", "prefill_seconds", "first_token_seconds", "said_tokens", "depth",
+    "tail_mean_keys", "seconds", "peak_memory", "prefill_seconds", "first_token_seconds", "said_tokens",
 ]  # fmt: skip
 _OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense", "token_losses"]
 
