@@ -19,8 +19,7 @@ from eval_tasks import arguments as options
 from eval_tasks.capture import attend_rows, receive
 from eval_tasks.errors import EvalError
 from eval_tasks.figures import Figure, Line, Panel, draw, style_of, to_png
-from eval_tasks.matching import Budgets
-from eval_tasks.methods import DEFAULT_METHODS, DENSE, attention_by, find_method, order_of
+from eval_tasks.methods import DEFAULT_METHODS, DENSE, Budgets, attention_by, find_method, order_of
 from eval_tasks.models import attention_of
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.store import check_out, write_atomically

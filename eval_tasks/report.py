@@ -18,9 +18,8 @@ from jinja2 import Environment
 from eval_tasks import figures, summary
 from eval_tasks.errors import EvalError
 from eval_tasks.iso_quality import LAWS
-from eval_tasks.matching import MATCHED_BY
 from eval_tasks.measure import SPARSE_IN
-from eval_tasks.methods import DENSE, NC, find_method
+from eval_tasks.methods import DENSE, MATCHED_BY, NC, find_method
 from eval_tasks.provenance import hardware_words
 from eval_tasks.stats import DENSE_FAILS
 from eval_tasks.store import Row, check_out, write_atomically

@@ -13,9 +13,8 @@ import pandas as pd
 
 from eval_tasks.errors import EvalError
 from eval_tasks.iso_quality import iso_quality
-from eval_tasks.matching import MATCHED_BY
 from eval_tasks.measure import SPARSE_IN
-from eval_tasks.methods import DENSE, METHODS, PRESS, keys_of, order_of
+from eval_tasks.methods import DENSE, MATCHED_BY, METHODS, PRESS, keys_of, order_of
 from eval_tasks.stats import MIN_SAMPLES, compare, corrected
 from eval_tasks.store import Row, differing, each_cell_once, read_rows, read_run
 from eval_tasks.tasks import TASKS
