@@ -82,27 +82,27 @@ class Report:
         compared = summary.comparisons(self.frame, within)
         measured = summary.summarise(self.frame, compared)
         self.shown, self.needed = summary.overview(measured), summary.needed_budgets(self.frame, within)
-        self.caveats = caveats(run, self.frame, compared)
+        self.caveats = _caveats(run, self.frame, compared)
         planned, done = run["planned"], len(rows)
         self.progress = f"{done} of {planned} measurements are made; the same command goes on." * (done < planned)
         self.table, self.result = None, _NOTHING_COMPARED
         self.csv, details = {SUMMARY: measured, COMPARISONS: compared}, [("All that was measured", _MEASURED, measured)]
         length = summary.longest_compared(measured, compared)
         if len(self.needed):
-            self.table = needed_main(self.needed)
-            self.result = iso_lead(self.table.cells, within)
+            self.table = _needed_main(self.needed)
+            self.result = _iso_lead(self.table.cells, within)
             self.csv[NEEDED] = self.needed
             details.insert(0, ("Budgets needed, by length", _NEEDED, self.needed))
         elif length is not None:
             at = self.shown[self.shown["length"] == length]
-            cost, what = costs(at, run)
-            self.table = main_table(at, cost, what)
-            self.result = lead(at, self.table, what)
+            cost, what = _costs(at, run)
+            self.table = _main_table(at, cost, what)
+            self.result = _lead(at, self.table, what)
         if len(compared):
             lengths = summary.effective_lengths(measured, compared, within)
             details.append(("Tests against dense", _TESTS.format(percent=100 * within), compared))
             details.append(("Effective context length", _EFFECTIVE, lengths))
-        self.details = [(title, note, to_html(frame)) for title, note, frame in details if len(frame)]
+        self.details = [(title, note, _to_html(frame)) for title, note, frame in details if len(frame)]
 
     def facts(self) -> str:
         """What was measured on what, in a line."""
@@ -111,7 +111,7 @@ class Report:
         model = f"{self.run['identity']['model']} ({size} parameters, {self.run['model_dtype']})"
         samples = self.frame.groupby(summary.CELL, observed=True).size()
         sizes = [f"{_span(self.frame['length'])} tokens", f"{_span(samples)} samples each"]
-        return " · ".join([model, self.run["text_origin"], *sizes, *hardware_of(self.run)])
+        return " · ".join([model, self.run["text_origin"], *sizes, *_hardware_of(self.run)])
 
     def panels(self) -> list[figures.Panel]:
         """The result in plots: quality by length, or the budgets that iso-quality found."""
@@ -173,15 +173,15 @@ def write_report(directories: Sequence[Path], out: Path | None = None, within: f
     return [*([report.table.title, "", report.table.to_text(), ""] if report.table else []), report.result]
 
 
-def main_table(at: pd.DataFrame, cost: pd.DataFrame, what: str) -> Table:
-    """What each method reads at one length of ``overview``, how good it is in each task, and its ``costs``."""
+def _main_table(at: pd.DataFrame, cost: pd.DataFrame, what: str) -> Table:
+    """What each method reads at one length of ``overview``, how good it is in each task, and its ``_costs``."""
     tasks, failing, rows = list(dict.fromkeys(at["task"])), set(at.loc[at["verdict"] == DENSE_FAILS, "task"]), []
     for method, own in at.groupby("method", observed=True):
         cells = dict.fromkeys(tasks, "not measured")
         for row in own.itertuples():
             value = f"{row.perplexity:,.2f}" if pd.isna(row.score) else f"{100 * row.score:.0f} % right"
             value += f"\n{DENSE_FAILS}" * (row.task in failing)
-            cells[row.task] = value if method == DENSE else quality(row)
+            cells[row.task] = value if method == DENSE else _quality(row)
         verdicts = own.groupby("verdict", sort=False)["task"].agg(", ".join)
         told = verdicts.drop(["", DENSE_FAILS], errors="ignore")
         told = told if len(told) else verdicts
@@ -191,7 +191,7 @@ def main_table(at: pd.DataFrame, cost: pd.DataFrame, what: str) -> Table:
         if method == DENSE:
             said, time = "–", f"{seconds:,.{0 if seconds > 99 else 2}f} s"
         costs = ["–" if "nan" in time else time, "–" if pd.isna(memory) else f"{memory:,.0f} MB"]
-        keys = percent(own["attended_fraction"].mean())
+        keys = _percent(own["attended_fraction"].mean())
         rows.append([find_method(method).title, keys, *cells.values(), said, *costs])
     note = "Small print: 95 % interval. As good: a loss beyond the margin is excluded; undecided: the samples do not "
     note += "tell." + (f" Time: of {what}." if what else "")
@@ -201,13 +201,13 @@ def main_table(at: pd.DataFrame, cost: pd.DataFrame, what: str) -> Table:
     return Table(title, note, pd.DataFrame(rows, columns=header))
 
 
-def needed_main(needed: pd.DataFrame) -> Table:
+def _needed_main(needed: pd.DataFrame) -> Table:
     """What each method needs for the quality of dense, at the longest length where that is known, and by which law."""
     rows = []
     for (task, method), own in needed.groupby(["task", "method"], sort=False):
         known = own.dropna(subset=["keys"])
         n = (known if len(known) else own).iloc[-1]
-        keys = "at most " * bool(n["at_most"]) + f"{n['keys']:,.0f}" if len(known) else f"more than {n['largest']:,}"
+        keys = "at most " * bool(n["at_most"]) + f"{n['keys']:,.0f}" if len(known) else f"more than {n['largest']:,.0f}"
         keys += "" if pd.isna(n["low"]) else f"\n{n['low']:,.0f} … {n['high']:,.0f}"
         fitted = ["needs three known lengths", "–", "–"]
         if pd.notna(n["C"]):
@@ -221,7 +221,7 @@ def needed_main(needed: pd.DataFrame) -> Table:
     return Table("Budget needed for the quality of dense", note, pd.DataFrame(rows, columns=header))
 
 
-def to_html(frame: pd.DataFrame) -> str:
+def _to_html(frame: pd.DataFrame) -> str:
     """All of a frame as an escaped table, but for columns that are empty; tasks and methods by their titles."""
     frame = frame.dropna(axis=1, how="all").astype({"task": object, "method": object})
     frame["task"], frame["method"] = frame["task"].map(title_of), [find_method(name).title for name in frame["method"]]
@@ -230,30 +230,30 @@ def to_html(frame: pd.DataFrame) -> str:
     return str(frame.to_html(index=False, border=0, na_rep="", float_format=number))
 
 
-def lead(at: pd.DataFrame, table: Table, what: str) -> str:
+def _lead(at: pd.DataFrame, table: Table, what: str) -> str:
     """The result of one method in two sentences: the package's own where it was measured, else the best.
 
-    ``at`` and ``what`` are as for ``main_table``, which made the table.
+    ``at`` and ``what`` are as for ``_main_table``, which made the table.
     """
     usable = at.dropna(subset=["loss_minus_dense"])
     first = usable[usable["task"] == usable["task"].iloc[0]].set_index("method")
     best = next((name for name in (NC, "nc-topk") if name in first.index), first["loss_minus_dense"].idxmin())
     own, title = usable[usable["method"] == best], find_method(best).title
-    said = f"At {own['length'].iloc[0]:,} tokens, {title} attention reads {percent(own['attended_fraction'].mean())}"
+    said = f"At {own['length'].iloc[0]:,} tokens, {title} attention reads {_percent(own['attended_fraction'].mean())}"
     said += " of the keys"
     ratio, is_timed, _ = table.cells.set_index("Method").loc[title, "Time"].partition("×")
     if is_timed:
         said += f" and takes {ratio} times as long as dense attention ({what})"
     results = []
     for row in own.itertuples():
-        amount = quality(row).partition("\n")[0]
+        amount = _quality(row).partition("\n")[0]
         side = {"+": " higher", "−": " lower"}.get(amount[0], "")
         results.append(f"{title_of(row.task)} is {amount.lstrip('+−')}{side} ({row.verdict})")
     return f"{said}. Against dense attention, {', '.join(results)}."
 
 
-def iso_lead(needed: pd.DataFrame, within: float) -> str:
-    """What budget each method needs at the longest length where it is known, and how that grows; of ``needed_main``."""
+def _iso_lead(needed: pd.DataFrame, within: float) -> str:
+    """What budget each method needs at the longest length where it is known, and how that grows, of the first table."""
     said = []
     for row in needed.to_dict("records"):
         law = f", by length {row['Fitted law']}" if "^" in row["Fitted law"] else ""
@@ -262,7 +262,7 @@ def iso_lead(needed: pd.DataFrame, within: float) -> str:
     return f"To stay within {100 * within:g} % of dense attention, {'; '.join(said)}."
 
 
-def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
+def _caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
     """Few samples, lengths where dense fails, calls that ran dense, different hardware, failures."""
     said = []
     if len(compared):
@@ -278,7 +278,7 @@ def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame)
         said.append(f"Not measured, {reason}: {find_method(method).title} in {listed}.")
     if ran_dense := sorted({reason for calls in frame["ran_dense"].dropna() for reason in calls}):
         said.append(f"Some calls of patched models ran dense: {'; '.join(ran_dense)}.")
-    if len(machines := hardware_of(run)) > 1:
+    if len(machines := _hardware_of(run)) > 1:
         said.append(
             f"Parts of this run were measured on different hardware ({'; '.join(machines)}): times and memory of "
             "different samples do not compare."
@@ -286,7 +286,7 @@ def caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame)
     return said
 
 
-def hardware_of(run: Mapping[str, Any]) -> list[str]:
+def _hardware_of(run: Mapping[str, Any]) -> list[str]:
     """The different machines that a run was made on, in words."""
     sessions = run["sessions"]
     machines = [run["hardware"], *(session["hardware"] for session in sessions if "hardware" in session)]
@@ -294,7 +294,7 @@ def hardware_of(run: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(map(hardware_words, machines)))
 
 
-def costs(at: pd.DataFrame, run: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
+def _costs(at: pd.DataFrame, run: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
     """``seconds`` and ``peak_memory_mb`` of each method, in perplexity or else the first task, and what time is of.
 
     Without seconds where parts of the run were measured on different hardware.
@@ -309,12 +309,12 @@ def costs(at: pd.DataFrame, run: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
             column, what = "seconds_per_answer_token", "each token of an answer after the first"
     elif timed["sparse_seconds"].notna().all():
         column, what = "sparse_seconds", SPARSE_IN[phase].split(";")[0]
-    if len(hardware_of(run)) > 1 or not len(timed):
+    if len(_hardware_of(run)) > 1 or not len(timed):
         return own[["peak_memory_mb"]].assign(seconds=math.nan), ""
     return own[["peak_memory_mb"]].assign(seconds=own[column]), what
 
 
-def quality(row: Any) -> str:
+def _quality(row: Any) -> str:
     """A method against dense in one task, change of perplexity or points of right answers, and its interval below."""
     loss = [row.loss_minus_dense, row.low, row.high]
     if math.isnan(loss[0]):
@@ -332,7 +332,7 @@ def quality(row: Any) -> str:
     return (mean if math.isnan(row.low) else f"{mean}\n{' … '.join(ends)}").replace("-", "−")
 
 
-def percent(share: float) -> str:
+def _percent(share: float) -> str:
     """A share as a percentage, with a decimal where it is small; a dash for what is missing."""
     if math.isnan(share):
         return "–"
