@@ -97,14 +97,12 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path) -> in
         "commit": commit(),
         "versions": versions() | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "hardware": hardware(settings.device, torch.get_num_threads()),
-        "what": f"{PHASES[settings.phase]}; medians of interleaved repeats, dense: the fastest of PyTorch's",
         "settings": {**vars(settings), **plain},
         "rows": rows,
     }
     print(f"{hardware_words(record['hardware'])}, {plain['dtype']}: {len(settings.cases())} cases")
 
     def write() -> None:
-        record["minutes"] = (time.monotonic() - started) / 60
         write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
 
     try:
