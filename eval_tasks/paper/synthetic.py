@@ -34,7 +34,10 @@ def mass_share(sigma: Any, epsilon: float) -> Any:
 
 
 def sigma_of(spread: str, n: float) -> float:
-    """σ of one of ``SPREADS`` over n keys. Where it grows, up to s = 1, the entropy support n·exp(−σ²/2) is n^(1 − s²)."""
+    """σ of one of ``SPREADS`` over n keys.
+
+    Where it grows, the entropy support n·exp(−σ²/2) is n^(1 − s²), for s up to 1.
+    """
     kind, _, value = spread.partition("=")
     return float(value) * (1.0 if kind == "sigma" else math.sqrt(2.0 * math.log(n)))
 
