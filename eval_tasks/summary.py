@@ -78,9 +78,8 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     frame["is_answer"] = frame["score"].notna().groupby(frame["task"]).transform("any")
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
     frame["loss"] = loss.where(frame["failed"].isna())
-    there = set(frame["task"])
-    tasks = [*(name for name in TASKS if name in there), *sorted(there - set(TASKS))]
-    frame["task"] = pd.Categorical(frame["task"], tasks)
+    listed = lambda task: ([*TASKS, task].index(task), task)  # noqa: E731
+    frame["task"] = pd.Categorical(frame["task"], sorted(set(frame["task"]), key=listed))
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
     dense = frame[frame["method"] == DENSE].set_index(_SAMPLE)[["loss", "token_losses"]].add_prefix("dense_")
     return frame.sort_values([*CELL, "sample"], ignore_index=True).join(dense, on=_SAMPLE)

@@ -17,7 +17,7 @@ import torch
 from eval_tasks.arguments import add_out, positive, spaced
 from eval_tasks.bench.inputs import GEOMETRIES
 from eval_tasks.bench.measure import FAILED, OK, WRONG, Row, first_line, measure_all
-from eval_tasks.bench.operator import Settings
+from eval_tasks.bench.operator import Case, Settings
 from eval_tasks.errors import EvalError
 from eval_tasks.models import DTYPES, pick_device
 from eval_tasks.provenance import commit, hardware, hardware_words, versions
@@ -137,10 +137,9 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _add_options(of_phase: argparse.ArgumentParser, phase: str) -> None:
     def both(name: str) -> str:
-        cpu, cuda = (_DEFAULTS[phase, kind][name] for kind in ("cpu", "cuda"))
-        return "by default {} on the CPU, {} on a GPU".format(
-            *(spaced(default) if isinstance(default, list) else default for default in (cpu, cuda))
-        )
+        defaults = (_DEFAULTS[phase, kind][name] for kind in ("cpu", "cuda"))
+        shown = (spaced(default) if isinstance(default, list) else default for default in defaults)
+        return "by default {} on the CPU, {} on a GPU".format(*shown)
 
     add = of_phase.add_argument
     add_out(of_phase, f"where {phase}.json goes")
@@ -172,11 +171,9 @@ def text(rows: Sequence[Row]) -> str:
         shown = shown.rename(columns={"geometry": "model", "length": "keys", "kept_mass": "kept mass"})
         table = shown.reindex(columns=[*_SHOWN]).to_string(index=False, na_rep="-", formatters=_SHOWN)
         lines += [table, "(kept mass: share of the dense softmax that is attended)"]
-    if missing := list(dict.fromkeys(_problem(row) for row in rows if row["status"] != OK)):
-        lines += ["", "Not run, or wrong:", *missing]
+    if missing := [row for row in rows if row["status"] != OK]:
+        lines += ["", "Not run, or wrong:"]
+    for row in missing:
+        case = Case(*(row[name] for name in _CASE))
+        lines.append(f"  {row['method']} ({case}): {row['status']}: {row['message']}")
     return "\n".join(lines)
-
-
-def _problem(row: Row) -> str:
-    where = f"{row['geometry']}, batch {row['batch']}, {row['length']:,} keys"
-    return f"  {row['method']} ({where}): {row['status']}: {row['message']}"
