@@ -12,9 +12,19 @@ from transformers.utils import logging as transformers_logging
 from eval_tasks import arguments as shared
 from eval_tasks.arguments import directory, not_negative, positive, spaced
 from eval_tasks.errors import EvalError
-from eval_tasks.matching import MATCHED_BY, Budgets
 from eval_tasks.measure import SPARSE_IN, find_press
-from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, PRESS, PROFILE, Method, find_method, order_of
+from eval_tasks.methods import (
+    DEFAULT_METHODS,
+    DENSE,
+    MATCHED_BY,
+    METHODS,
+    PRESS,
+    PROFILE,
+    Budgets,
+    Method,
+    find_method,
+    order_of,
+)
 from eval_tasks.processes import joined_processes
 from eval_tasks.report import REPORT, WITHIN, write_report
 from eval_tasks.sweep import Sweep, run_sweep

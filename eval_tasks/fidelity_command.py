@@ -19,8 +19,7 @@ from eval_tasks import arguments as options
 from eval_tasks.capture import attend_rows, receive
 from eval_tasks.errors import EvalError
 from eval_tasks.figures import Figure, Line, Panel, draw, style_of, to_png
-from eval_tasks.matching import Budgets
-from eval_tasks.methods import DEFAULT_METHODS, DENSE, attention_by, find_method, order_of
+from eval_tasks.methods import DEFAULT_METHODS, DENSE, Budgets, attention_by, find_method, order_of
 from eval_tasks.models import attention_of
 from eval_tasks.provenance import commit, hardware, versions
 from eval_tasks.store import check_out, write_atomically
@@ -107,10 +106,11 @@ def by_layer(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 def figure(layers: pd.DataFrame) -> Figure:
     """Output error by layer at the longest length; the bars reach to the worst heads."""
     longest, lines = layers.length.max(), []
-    for name, own in layers[layers.length == longest].groupby("method", sort=False):
+    for name, own in layers[layers.length == longest].set_index("layer").groupby("method", sort=False):
         worst = {"yerr": (0 * own.output_error, own.worst_head_error - own.output_error), "elinewidth": 0.6}
-        lines.append(Line(find_method(name).title, list(own.layer), list(own.output_error), style_of(name) | worst))
-    return draw([Panel(f"output error at {longest:,} keys, up to the worst head", lines, x_label="layer")])
+        lines.append(Line(find_method(name).title, own.output_error, style_of(name) | worst))
+    title = f"output error at {longest:,} keys, up to the worst head"
+    return draw([Panel(title, lines, x_label="layer", by_length=False)])
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:

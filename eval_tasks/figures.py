@@ -1,4 +1,4 @@
-"""The plots of a report, made with matplotlib: lines named where they end, and maps of depths.
+"""The plots of a report, made with matplotlib: lines named where they end.
 
 A plot is as wide as the page of a phone, where one point is one pixel; a wide page has several of them in a row.
 """
@@ -42,42 +42,40 @@ _STYLE = {
 _WIDTH, _LABEL_HEIGHT = 352, 17.0
 # Above this ratio of largest to smallest value an axis is logarithmic.
 _LOGARITHMIC_FROM = 4.0
-_POSITION_BINS, _DEPTH_BINS, _TICKS = 16, 10, 4
+_POSITION_BINS, _TICKS = 16, 4
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a plot, named at its end where it has a label; ``style`` is as ``Axes.errorbar`` takes it."""
+    """Values by x, and a style as ``Axes.errorbar`` takes it; named where the line ends if there is a label."""
 
     label: str
-    x: Sequence[float] | np.ndarray
-    y: Sequence[float] | np.ndarray
+    values: pd.Series
     style: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: its lines, the lengths on its x axis where it has those, and whether its values are percentages."""
+    """One plot: its lines, whether its values are percentages, and whether x are lengths, on a logarithmic axis."""
 
     title: str
     lines: Sequence[Line]
-    lengths: Sequence[int] = ()
     percent: bool = False
     x_label: str = "context length, tokens"
+    by_length: bool = True
 
 
 def quality_panels(shown: pd.DataFrame, summary: pd.DataFrame) -> list[Panel]:
     """Quality by length, a plot for each task of ``overview``; the summary has what was not seen before."""
-    panels = []
+    panels, unseen = [], summary[summary["task"] == UNSEEN].set_index("length")["perplexity"].dropna()
     for task, own in shown.groupby("task", sort=False, observed=True):
         answers = bool(own["score"].notna().any())
         lines = _lines_of(own, 100 * own["score"] if answers else own["perplexity"])
-        unseen = summary[(summary["task"] == UNSEEN) & (task == "recall")].dropna(subset=["perplexity"])
-        if len(unseen):
+        if task == "recall" and len(unseen):
             dotted = {"color": "#444444", "linestyle": ":", "linewidth": 1.6}
-            lines.append(Line("dense, not seen before", list(unseen["length"]), list(unseen["perplexity"]), dotted))
+            lines.append(Line("dense, not seen before", unseen, dotted))
         title = f"{title_of(task)}, {'% right' if answers else 'lower is better'}"
-        panels.append(Panel(title, lines, sorted(set(own["length"])), answers))
+        panels.append(Panel(title, lines, answers))
     return panels
 
 
@@ -86,16 +84,15 @@ def needed_panels(needed: pd.DataFrame) -> list[Panel]:
     panels = []
     for task, found in needed.groupby("task", sort=False):
         lines = []
-        for method, own in found.groupby("method", sort=False):
+        for method, own in found.set_index("length").groupby("method", sort=False):
             style, title = style_of(method) | {"linestyle": "", "capsize": 3}, find_method(method).title
-            n, beyond = own.dropna(subset=["keys"]), own[own["keys"].isna()]
+            n, beyond = own.dropna(subset=["keys"]), own.loc[own["keys"].isna(), "largest"]
             ends = n["keys"] - n[["low", "keys"]].min(axis=1), n[["high", "keys"]].max(axis=1) - n["keys"]
-            lines.append(Line(title, list(n["length"]), list(n["keys"]), style | {"yerr": ends}))
-            law = law_values(n["length"].to_numpy(float), own["alpha"].iloc[0], own["C"].iloc[0])
-            lines.append(Line("", list(n["length"]), law, {"color": style["color"]}))
-            arrow = style | {"yerr": 0.4 * beyond["largest"], "lolims": True}
-            lines.append(Line("", list(beyond["length"]), list(beyond["largest"]), arrow))
-        panels.append(Panel(f"keys needed, {title_of(task)}", lines, sorted(set(needed["length"]))))
+            lines.append(Line(title, n["keys"], style | {"yerr": ends}))
+            law = law_values(n.index.to_numpy(float), own["alpha"].iloc[0], own["C"].iloc[0])
+            lines.append(Line("", pd.Series(law, n.index), {"color": style["color"]}))
+            lines.append(Line("", beyond, style | {"yerr": 0.4 * beyond, "lolims": True}))
+        panels.append(Panel(f"keys needed, {title_of(task)}", lines))
     return panels
 
 
@@ -103,7 +100,7 @@ def budget_panels(own: pd.DataFrame) -> list[Panel]:
     """Keys attended at the scored positions of one task, and the share of all keys, by length."""
     shown = {"keys read by a scored query": own["tail_mean_keys"]}
     shown["% of the keys, all queries"] = 100 * own["attended_fraction"]
-    return [Panel(title, _lines_of(own, y), sorted(set(own["length"]))) for title, y in shown.items()]
+    return [Panel(title, _lines_of(own, values)) for title, values in shown.items()]
 
 
 def position_panels(frame: pd.DataFrame) -> list[Panel]:
@@ -120,10 +117,11 @@ def position_panels(frame: pd.DataFrame) -> list[Panel]:
             over = np.mean([np.subtract(*pair) for pair in pairs], axis=0)
             edges = np.unique(np.linspace(0, len(over), min(_POSITION_BINS, len(over)) + 1).astype(int))
             means = np.add.reduceat(over, edges[:-1]) / np.diff(edges)
-            lines.append(Line(find_method(name).title, (edges[:-1] + edges[1:]) / 2, means, style_of(name)))
-        lines.append(Line("dense", lines[0].x, [0.0] * len(lines[0].x), {"color": "#000000"}))
-        title = f"{title_of(task)} at {length:,} tokens"
-        panels.append(Panel(title, lines, x_label="position among the scored tokens"))
+            means = pd.Series(means, (edges[:-1] + edges[1:]) / 2)
+            lines.append(Line(find_method(name).title, means, style_of(name)))
+        lines.append(Line("dense", 0.0 * means, {"color": "#000000"}))
+        title, x_label = f"{title_of(task)} at {length:,} tokens", "position among the scored tokens"
+        panels.append(Panel(title, lines, x_label=x_label, by_length=False))
     return panels
 
 
@@ -143,26 +141,6 @@ def draw(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def depth_maps(own: pd.DataFrame) -> list[Figure]:
-    """Share of right answers of one task by depth of the needle and context length, a figure for each method."""
-    lengths, found = sorted(set(own["length"])), []
-    band = np.minimum((own["depth"] * _DEPTH_BINS).astype(int), _DEPTH_BINS - 1)
-    scores = 100 * own.groupby(["method", band, "length"], observed=True)["score"].mean().unstack()
-    for name in scores.index.unique("method"):
-        with matplotlib.rc_context(_STYLE):
-            figure = Figure(figsize=(_WIDTH / 72, 270 / 72), dpi=72, layout="constrained")
-            axis = figure.subplots()
-            cells = scores.loc[name].reindex(index=range(_DEPTH_BINS), columns=lengths)
-            image = axis.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-            axis.set_facecolor("#DDDDDD")  # where nothing was measured
-            axis.set(title=find_method(name).title, ylabel="depth of the needle")
-            _length_ticks(axis, range(len(lengths)), lengths)
-            axis.set_yticks([-0.5, _DEPTH_BINS / 2 - 0.5, _DEPTH_BINS - 0.5], ["0 %", "50 %", "100 %"])
-            figure.colorbar(image, label="% right")
-        found.append(figure)
-    return found
-
-
 def to_svg(figure: Figure) -> bytes:
     """The figure as an SVG file; equal figures give equal bytes."""
     buffer = io.BytesIO()
@@ -178,11 +156,10 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _lines_of(own: pd.DataFrame, y: pd.Series) -> list[Line]:
+def _lines_of(own: pd.DataFrame, values: pd.Series) -> list[Line]:
     """A line by length for each method, of the values that there are."""
-    table = pd.DataFrame({"method": own["method"].astype(str), "x": own["length"], "y": y}).dropna()
-    groups = table.groupby("method", sort=False)
-    return [Line(find_method(name).title, list(own["x"]), list(own["y"]), style_of(name)) for name, own in groups]
+    groups = values.dropna().groupby(own["method"].astype(str), sort=False)
+    return [Line(find_method(name).title, y.rename(own["length"]), style_of(name)) for name, y in groups]
 
 
 def style_of(name: str) -> dict[str, Any]:
@@ -194,7 +171,7 @@ def style_of(name: str) -> dict[str, Any]:
 
 def _draw_panel(axis: Axes, panel: Panel) -> None:
     for line in panel.lines:
-        axis.errorbar(line.x, line.y, **line.style)
+        axis.errorbar(line.values.index, line.values, **line.style)
     low, high = axis.dataLim.intervaly
     if panel.percent:
         axis.set_ylim(-3, 103)
@@ -207,25 +184,22 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     axis.set_xlabel(panel.x_label)
     axis.grid(axis="y")
     axis.xaxis.set_major_locator(MaxNLocator(_TICKS))
-    if panel.lengths:
+    if panel.by_length:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_minor_locator(NullLocator())
-        _length_ticks(axis, panel.lengths, panel.lengths)
-
-
-def _length_ticks(axis: Axes, places: Sequence[float], lengths: Sequence[int]) -> None:
-    """Labels of lengths, 4,096 as 4K; of many every second or third, the longest among them."""
-    step = math.ceil(len(lengths) / _TICKS)
-    words = [f"{n >> 20}M" if n >= 1 << 20 else f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in lengths]
-    axis.set_xticks(list(places)[::-1][::step], words[::-1][::step])
+        lengths = sorted({length for line in panel.lines for length in line.values.index}, reverse=True)
+        ticks = lengths[:: math.ceil(len(lengths) / _TICKS) or 1]  # the longest among them
+        words = (f"{n >> 20}M" if n >= 1 << 20 else f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in ticks)
+        axis.set_xticks(ticks, list(words))
 
 
 def _name_lines(axis: Axes, panel: Panel) -> None:
     """Puts the name of each line beside its last point, as near as the other names let it stand."""
-    lines = sorted((line for line in panel.lines if line.label and len(line.x)), key=lambda line: line.y[-1])
+    named = [line for line in panel.lines if line.label and len(line.values)]
+    lines = sorted(named, key=lambda line: line.values.iloc[-1])
     if not lines:
         return
-    ends = [(line.x[-1], line.y[-1]) for line in lines]
+    ends = [(line.values.index[-1], line.values.iloc[-1]) for line in lines]
     wanted = axis.transAxes.inverted().transform(axis.transData.transform(ends))[:, 1]
     steps = _LABEL_HEIGHT / axis.get_window_extent().height * np.arange(len(ends))
     places = np.clip(isotonic_regression(wanted - steps).x, 0.0, max(0.0, 1.0 - steps[-1])) + steps

@@ -9,10 +9,8 @@ import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, TypeVar
@@ -44,12 +42,6 @@ class Press:
 
     name: str
     kept: int
-
-    def compressing(self, model: Any, context: int) -> AbstractContextManager[Any]:
-        """Compresses the cache of a prefill of ``context`` tokens that runs within the block."""
-        ratio = min(1.0 - 1.0 / context, max(0.0, 1.0 - self.kept / context))
-        compressing: AbstractContextManager[Any] = find_press(self.name)(compression_ratio=ratio)(model)
-        return compressing
 
 
 def find_press(name: str) -> type[Any]:
@@ -253,7 +245,7 @@ def forward(
 
     With a cache, which holds the other tokens, the last ``read`` are read, by default ``keep``.
     """
-    taken, start = _parameters(type(model).forward), 0
+    taken, start = inspect.signature(type(model).forward).parameters, 0
     options: dict[str, Any] = {"use_cache": cache is not None, **further}
     if "logits_to_keep" in taken:  # which spares the model the logits before
         options["logits_to_keep"] = keep
@@ -271,11 +263,6 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     found = model.generation_config.eos_token_id
     ids = found if isinstance(found, list) else [found]
     return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
-
-
-@lru_cache
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
 
 
 @contextlib.contextmanager
@@ -314,7 +301,8 @@ def _prefilled(model: Any, context: torch.Tensor, attention: Attention) -> Dynam
     if not isinstance(attention, Press):
         forward(model, context, 1, cache, n)
         return cache
-    with attention.compressing(model, n):
+    ratio = min(1.0 - 1.0 / n, max(0.0, 1.0 - attention.kept / n))
+    with find_press(attention.name)(compression_ratio=ratio)(model):
         # By positions kvpress tells a prefill from decoding; transformers no longer hands them to attention by itself.
         forward(model, context, 1, cache, n, cache_position=torch.arange(n, device=context.device))
     return cache

@@ -6,16 +6,14 @@ the run's. What is read is checked, since directories of results are passed from
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import json
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from eval_tasks.errors import EvalError, told
 from eval_tasks.provenance import commit, hardware_words
@@ -82,17 +80,12 @@ def append_row(directory: Path, row: Mapping[str, Any]) -> None:
     """
     path, advice = directory / RESULTS, "What was measured before is kept; make room, and the same command goes on."
     line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    with _opened(path) as file, told(path, "written", advice):
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the descriptor is closed
+    with told(path, "written", advice), _opened(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         _cut_torn_line(file)  # of a process that was killed, or of an earlier run
-        try:
-            if os.write(file, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                _cut_torn_line(file)
-            raise
+        file.write(line)
+        file.flush()
+        os.fsync(file)
 
 
 def read_rows(directory: Path) -> list[Row]:
@@ -104,26 +97,21 @@ def read_rows(directory: Path) -> list[Row]:
     lines = (_content(path) or b"").removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
         row = _parsed(line, "method")
-        if row is None:
-            if line and number < len(lines):
-                raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
-        elif problem := _problem(row, _FAILED_ROW if "failed" in row else _ANSWER_ROW if "score" in row else _TEXT_ROW):
-            raise EvalError(
-                f"line {number} of {path} is a damaged result: {problem}. Remove that line, or give another directory"
-            )
-        else:
+        if row is not None:
             rows.append(row)
+            measured = ("failed",) if "failed" in row else ("score",) if "score" in row else _OF_TEXT
+            if problem := _problem(row, (*_CELL, *measured)):
+                what = f"a damaged result: {problem}. Remove that line, or give another directory"
+                raise EvalError(f"line {number} of {path} is {what}")
+        elif line and number < len(lines):
+            raise EvalError(f"line {number} of {path} is damaged; remove that line to go on, or give another --out")
     return each_cell_once(rows)
 
 
 def each_cell_once(rows: Iterable[Row]) -> list[Row]:
     """Of rows of one cell the last one, as it failed and was tried again; a success in place of any failure."""
-    found: dict[Cell, Row] = {}
-    for row in rows:
-        here = found.get(Cell.of(row))
-        if here is None or "failed" in here or "failed" not in row:
-            found[Cell.of(row)] = row
-    return list(found.values())
+    failures_first = sorted(rows, key=lambda row: "failed" not in row)
+    return list({Cell.of(row): row for row in failures_first}.values())
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
@@ -175,50 +163,38 @@ def record_session(
     """
     first = {"command": command, "identity": dict(identity), **details, "hardware": machines[0], "sessions": []}
     run = read_run(directory) or first
-    here, now = hardware_words(machines[0]), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     session: dict[str, Any] = {"started": now, "commit": commit(), "command": command, "processes": len(machines)}
     session["hardware"] = machines[0]
-    if others := {words: each for each in machines if (words := hardware_words(each)) != here}:
-        session["other_hardware"] = [*others.values()]
+    if others := [*{hardware_words(each): each for each in machines}.values()][1:]:
+        session["other_hardware"] = others
     run["sessions"].append(session)
     write_atomically(directory / RUN, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """A descriptor that adds to a file, made where it is missing. A link is refused: it might lead anywhere."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+def _opened(path: Path) -> BinaryIO:
+    """A file to add to, made where it is missing. A link is refused: it might lead anywhere."""
     with told(path, "written", "Give another --out."):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, flags, 0o644)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise OSError(errno.EINVAL, "it is no ordinary file")
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        return open(path, "a+b", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o644))
 
 
-def _cut_torn_line(descriptor: int) -> None:
+def _cut_torn_line(file: BinaryIO) -> None:
     """Cuts off a last line that is not whole: torn by the end of a process, or damaged by that of the machine."""
-    size = os.fstat(descriptor).st_size
-    tail = os.pread(descriptor, min(size, 1 << 24), max(0, size - (1 << 24)))
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - (1 << 24)))
+    tail = file.read()
     last = tail[tail.removesuffix(b"\n").rfind(b"\n") + 1 :]
     if last and _parsed(last, "method") is None:
-        os.ftruncate(descriptor, size - len(last))
+        file.truncate(size - len(last))
     elif last and not last.endswith(b"\n"):
-        os.write(descriptor, b"\n")
+        file.write(b"\n")
 
 
 def _content(path: Path) -> bytes | None:
-    """What a file holds; None where there is none. Raises EvalError for what is no ordinary file."""
+    """What a file holds; None where there is none."""
     with told(path, "read", "Remove it, or give another directory"):
-        if not path.exists():
-            return None
-        if not path.is_file():
-            raise OSError(errno.EINVAL, "it is no ordinary file")
-        return path.read_bytes()
+        return path.read_bytes() if path.exists() else None
 
 
 def _parsed(text: bytes, *names: str) -> dict[str, Any] | None:
@@ -230,38 +206,47 @@ def _parsed(text: bytes, *names: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and value.keys() >= {*names} else None
 
 
-# What a field may hold: whole numbers of a range, numbers between two, texts of a pattern, lists of something, objects.
 # Names go into file names, tables and headings; control characters move a terminal's cursor.
 _NAME = re.compile(r"[\w.:/][\w.@:/+=, -]{0,119}")
 _TEXT = re.compile("[^\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,99999}")
 _COUNT, _POSITIVE = range(10**15), range(1, 10**15)
 _NUMBER, _NOT_NEGATIVE, _SHARE = (-1e15, 1e15), (0, 1e15), (0, 1 + 1e-6)
-_Kinds = dict[str, Any]
-_CELL: _Kinds = {"method": _NAME, "task": _NAME, "length": _POSITIVE, "sample": _COUNT}
-_FAILED_ROW = _CELL | {"failed": _TEXT}
-_MEASURED = _CELL | {"budget": _COUNT, "peak_memory": _COUNT, "seconds": _NOT_NEGATIVE, "phase": _TEXT, "ran_dense": {}}
-_MEASURED |= dict.fromkeys(("attended_fraction", "tail_attended_fraction"), _SHARE)
-_MEASURED |= dict.fromkeys(("mean_keys", "tail_mean_keys"), _NOT_NEGATIVE)
-_ANSWER_ROW = _MEASURED | {"score": _NUMBER}
-_TEXT_ROW = _MEASURED | {"loss_sum": _NUMBER, "tokens": _POSITIVE, "bytes": _POSITIVE}
-_RUN: _Kinds = dict.fromkeys(("command", "model_class", "model_dtype", "text_origin"), _TEXT)
-_RUN |= dict.fromkeys(("model_parameters", "text_tokens", "planned"), _COUNT) | {"identity": {}, "hardware": {}}
-_RUN |= {"sessions": [{"hardware": {}, "other_hardware": [{}]}]}
-_IDENTITY: _Kinds = {"model": _TEXT, "phase": _TEXT, "match": _TEXT, "methods": [_NAME], "tasks": [_NAME]}
-_IDENTITY |= {"lengths": [_POSITIVE], "alpha": _NUMBER, "C": _NUMBER, "seed": _COUNT}
-_IDENTITY |= dict.fromkeys(("samples", "scored", "passage", "equal_at"), _POSITIVE)
-_OPTIONAL: _Kinds = {"depth": _SHARE, "token_losses": [_NUMBER], "said_tokens": _COUNT, "commit": _TEXT}
-_OPTIONAL |= dict.fromkeys(("prefill_seconds", "first_token_seconds"), _NOT_NEGATIVE)
-_MAY_BE_NULL = ("commit", "mean_keys", "tail_mean_keys")
+_CELL, _OF_TEXT = tuple(field.name for field in fields(Cell)), ("loss_sum", "tokens", "bytes")
+_RUN = (
+    *("command", "model_dtype", "text_origin", "model_parameters", "text_tokens", "planned"),
+    *("identity", "hardware", "sessions"),
+)
+_IDENTITY = ("model", "phase", "match", "methods", "tasks", "lengths", "samples", "equal_at")
+# What the fields of rows, records and identities may hold: whole numbers of a range, numbers between two, texts of a
+# pattern, lists of something, objects.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("method", "task"), _NAME),
+    **dict.fromkeys(("length", "tokens", "bytes", "samples", "scored", "passage", "equal_at"), _POSITIVE),
+    **dict.fromkeys(("sample", "budget", "peak_memory", "said_tokens", "seed"), _COUNT),
+    **dict.fromkeys(("model_parameters", "text_tokens", "planned"), _COUNT),
+    **dict.fromkeys(("mean_keys", "tail_mean_keys"), _NOT_NEGATIVE),
+    **dict.fromkeys(("seconds", "prefill_seconds", "first_token_seconds"), _NOT_NEGATIVE),
+    **dict.fromkeys(("attended_fraction", "tail_attended_fraction"), _SHARE),
+    **dict.fromkeys(("score", "loss_sum", "alpha", "C"), _NUMBER),
+    **dict.fromkeys(("phase", "failed", "commit", "command", "model", "model_dtype", "text_origin", "match"), _TEXT),
+    "methods": [_NAME],
+    "tasks": [_NAME],
+    "lengths": [_POSITIVE],
+    "token_losses": [_NUMBER],
+    "identity": {},
+    "hardware": {},
+    "ran_dense": {},
+    "sessions": [{"hardware": {}, "other_hardware": [{}]}],
+}
 
 
-def _problem(values: Mapping[str, Any], required: _Kinds) -> str | None:
-    """What is wrong with an object, in words; None where nothing is."""
+def _problem(values: Mapping[str, Any], required: Sequence[str]) -> str | None:
+    """What is wrong with an object, in words; None where nothing is. What is not required may be null."""
     if missing := [name for name in required if name not in values]:
         return f"{missing[0]} is missing"
-    for name, kind in (_OPTIONAL | required).items():
-        value = values.get(name)
-        if name in values and not _fits(value, kind) and not (value is None and name in _MAY_BE_NULL):
+    for name, value in values.items():
+        is_absent = value is None and name not in required
+        if name in _KINDS and not is_absent and not _fits(value, _KINDS[name]):
             return f"{name} cannot be {type(value).__name__} {ascii(value)[:60]}"
     if "loss_sum" in required:
         tokens, losses, loss = values["tokens"], values.get("token_losses"), values["loss_sum"] / values["tokens"]

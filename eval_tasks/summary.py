@@ -13,9 +13,8 @@ import pandas as pd
 
 from eval_tasks.errors import EvalError
 from eval_tasks.iso_quality import iso_quality
-from eval_tasks.matching import MATCHED_BY
 from eval_tasks.measure import SPARSE_IN
-from eval_tasks.methods import DENSE, METHODS, PRESS, keys_of, order_of
+from eval_tasks.methods import DENSE, MATCHED_BY, METHODS, PRESS, keys_of, order_of
 from eval_tasks.stats import MIN_SAMPLES, compare, corrected
 from eval_tasks.store import Row, differing, each_cell_once, read_rows, read_run
 from eval_tasks.tasks import TASKS
@@ -30,7 +29,7 @@ _TASKS_SHOWN = 3
 _GAIN_NEEDED = _SCORE_NEEDED = 0.5
 _NUMBERS = [
     "score", "loss_sum", "tokens", "bytes", "budget", "attended_fraction", "mean_keys", "tail_attended_fraction",
-    "tail_mean_keys", "seconds", "peak_memory", "prefill_seconds", "first_token_seconds", "said_tokens", "depth",
+    "tail_mean_keys", "seconds", "peak_memory", "prefill_seconds", "first_token_seconds", "said_tokens",
 ]  # fmt: skip
 _OTHERS = [*CELL, "sample", "phase", "failed", "ran_dense", "token_losses"]
 
@@ -79,9 +78,8 @@ def measurements(rows: Iterable[Row]) -> pd.DataFrame:
     frame["is_answer"] = frame["score"].notna().groupby(frame["task"]).transform("any")
     loss = (1.0 - frame["score"]).fillna(frame["loss_sum"] / frame["tokens"])
     frame["loss"] = loss.where(frame["failed"].isna())
-    there = set(frame["task"])
-    tasks = [*(name for name in TASKS if name in there), *sorted(there - set(TASKS))]
-    frame["task"] = pd.Categorical(frame["task"], tasks)
+    listed = lambda task: ([*TASKS, task].index(task), task)  # noqa: E731
+    frame["task"] = pd.Categorical(frame["task"], sorted(set(frame["task"]), key=listed))
     frame["method"] = pd.Categorical(frame["method"], sorted(set(frame["method"]), key=order_of))
     dense = frame[frame["method"] == DENSE].set_index(_SAMPLE)[["loss", "token_losses"]].add_prefix("dense_")
     return frame.sort_values([*CELL, "sample"], ignore_index=True).join(dense, on=_SAMPLE)

@@ -18,9 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from eval_tasks.arguments import load_chosen_model
 from eval_tasks.errors import EvalError, MemoryRanOut
-from eval_tasks.matching import Budgets, load_profile
 from eval_tasks.measure import Phase, answer, measure, warm_up
-from eval_tasks.methods import DENSE, attention_by, budget_at, with_keys
+from eval_tasks.methods import DENSE, Budgets, attention_by, budget_at, load_profile, with_keys
 from eval_tasks.models import attention_of, find_model, tokenizer_fingerprint
 from eval_tasks.processes import device_of, gathered
 from eval_tasks.provenance import commit, hardware, versions

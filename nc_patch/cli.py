@@ -18,7 +18,7 @@ from nc_patch.version import __version__
 USAGE_ERROR, INTERRUPTED = 2, 130
 INSTALL_EVAL = "pip install -e '.[eval]' in the checkout of nc_patch"
 _REQUIRED = ("accelerate", "datasets", "evaluate", "jinja2", "matplotlib", "pandas", "psutil", "scipy")
-_OF_BENCH = ("matplotlib", "pandas", "psutil")
+_OF_BENCH = ("pandas", "psutil")
 
 
 class Command(NamedTuple):

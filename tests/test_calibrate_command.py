@@ -6,8 +6,7 @@ from processes import ended, start_ranks
 from profiles import made_up_profile
 from tiny_sweep import sweep_arguments, tiny_files
 
-from eval_tasks.matching import Budgets, total_of
-from eval_tasks.methods import METHODS, budget_at
+from eval_tasks.methods import METHODS, Budgets, budget_at, total_of
 from eval_tasks.store import read_rows, read_run
 from nc_patch import NCConfig, Profile
 from nc_patch.calibration import measure

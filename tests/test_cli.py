@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused_before_any_work(home, tmp_path, capsys, mo
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("eval", "main.png"), ("fidelity", "fidelity.json"), ("calibrate", "calibration.csv"), ("bench", "decode.png")],
+    [("eval", "main.png"), ("fidelity", "fidelity.json"), ("calibrate", "calibration.csv"), ("bench", "decode.json")],
 )
 def test_a_file_that_has_no_place_is_seen_before_anything_is_measured(name, file, tmp_path, capsys, monkeypatch):
     for measures in ("sweep._measure_all", "fidelity_command.fidelity", "calibrate_command.calibrate"):

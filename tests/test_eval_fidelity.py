@@ -10,7 +10,7 @@ from tiny_sweep import tiny_files
 
 from eval_tasks.capture import receive
 from eval_tasks.fidelity_command import ROWS, configs_of, fidelity
-from eval_tasks.matching import Budgets
+from eval_tasks.methods import Budgets
 from eval_tasks.models import attention_of
 from nc_patch import NCConfig
 from nc_patch.cli import main

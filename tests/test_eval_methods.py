@@ -6,8 +6,20 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from eval_tasks.matching import Budgets, LogConfig, total_of
-from eval_tasks.methods import DEFAULT_METHODS, DENSE, METHODS, NC, PROFILE, budget_at, find_method, keys_of, with_keys
+from eval_tasks.methods import (
+    DEFAULT_METHODS,
+    DENSE,
+    METHODS,
+    NC,
+    PROFILE,
+    Budgets,
+    LogConfig,
+    budget_at,
+    find_method,
+    keys_of,
+    total_of,
+    with_keys,
+)
 from nc_patch import NCConfig, patch_model
 from nc_patch.selections import Block, TopK
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from eval_tasks.errors import EvalError
-from eval_tasks.matching import LogConfig
 from eval_tasks.measure import measure
+from eval_tasks.methods import LogConfig
 from eval_tasks.models import load_model
 from eval_tasks.tasks import TASKS, Layout, places, tokenise
 from eval_tasks.texts import load_text

@@ -7,19 +7,17 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from eval_tasks.arguments import add_out, positive, spaced
 from eval_tasks.bench.inputs import GEOMETRIES
 from eval_tasks.bench.measure import FAILED, OK, WRONG, Row, first_line, measure_all
-from eval_tasks.bench.operator import Settings
+from eval_tasks.bench.operator import Case, Settings
 from eval_tasks.errors import EvalError
 from eval_tasks.models import DTYPES, pick_device
 from eval_tasks.provenance import commit, hardware, hardware_words, versions
@@ -43,23 +41,24 @@ _DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("prefill", "cpu"): _CPU | {"lengths": [1024, 2048, 4096, 8192], "repeats": 5},
     ("prefill", "cuda"): _GPU | {"lengths": [2**i for i in range(13, 21)], "repeats": 20},
 }
-_UNIT = "milliseconds a layer"
-_CASE = ["geometry", "batch", "length"]
-# Okabe and Ito's colours, which people with any colour vision tell apart.
-_COLOURS = {"fastest dense": "#000000", "topk": "#D55E00", "block": "#009E73", "window": "#CC79A7"}
+_CASE, _UNIT = ["geometry", "batch", "length"], "milliseconds a layer"
+# The columns of the table that is printed, and how their values are written.
+_SHOWN: dict[str, Callable[[Any], str]] = {"model": str, "batch": str, "keys": "{:,}".format, "budget": "{:,}".format}
+_SHOWN |= {"method": str, _UNIT: "{:,.3f}".format, "over dense": "{:.2f}x".format, "kept mass": "{:.3f}".format}
+_SHOWN["backend"] = str
 
 
 def run_bench(arguments: Sequence[str]) -> int:
     """Runs ``nc-patch bench``; returns 0, 1 where sparse attention failed or was wrong, or 2 for wrong arguments."""
     parsed = parser().parse_args(list(arguments))
-    files = [parsed.out / f"{parsed.benchmark}.{kind}" for kind in ("json", "png")]
+    file = parsed.out / f"{parsed.benchmark}.json"
     try:
         settings = settings_of(parsed)
-        check_out(parsed.out, [file.name for file in files])
+        check_out(parsed.out, [file.name])
     except (EvalError, ValueError, TypeError) as error:
         print(f"nc-patch bench: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return _measure(settings, parsed.minutes, shlex.join(["nc-patch", "bench", *arguments]), *files)
+    return _measure(settings, parsed.minutes, shlex.join(["nc-patch", "bench", *arguments]), file)
 
 
 def settings_of(parsed: argparse.Namespace) -> Settings:
@@ -87,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def _measure(settings: Settings, minutes: float, command: str, file: Path, picture: Path) -> int:
+def _measure(settings: Settings, minutes: float, command: str, file: Path) -> int:
     """Measures, writes the results after every case, prints the report, and returns the exit code."""
     started, rows, problems = time.monotonic(), list[Row](), list[str]()
     chosen = [getattr(settings.config(name), settings.phase).to_dict() for name in settings.selections]
@@ -98,15 +97,12 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path, pictu
         "commit": commit(),
         "versions": versions() | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "hardware": hardware(settings.device, torch.get_num_threads()),
-        "what": f"{PHASES[settings.phase]}; medians of interleaved repeats, dense: the fastest of PyTorch's",
         "settings": {**vars(settings), **plain},
         "rows": rows,
     }
-    machine, law = hardware_words(record["hardware"]), f"budget {settings.alpha:g} n^{settings.C:g}"
-    print(f"{machine}, {plain['dtype']}: {len(settings.cases())} cases")
+    print(f"{hardware_words(record['hardware'])}, {plain['dtype']}: {len(settings.cases())} cases")
 
     def write() -> None:
-        record["minutes"] = (time.monotonic() - started) / 60
         write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
 
     try:
@@ -118,11 +114,8 @@ def _measure(settings: Settings, minutes: float, command: str, file: Path, pictu
         record["stopped"] = first_line(error)
         problems.append(f"stopped: {record['stopped']}")
     write()
-    print(f"\n{law}\n{text(rows)}\n\nWritten: {file}")
-    if any("median_seconds" in row for row in rows):
-        draw(rows, f"{machine}, {law}", picture)
-        print(f"         {picture}")
-    else:
+    print(f"\nbudget {settings.alpha:g} n^{settings.C:g}\n{text(rows)}\n\nWritten: {file}")
+    if not any("median_seconds" in row for row in rows):
         problems.append("nothing could be timed, see above")
     if failed := sum(row["kind"] != "dense" and row["status"] in (FAILED, WRONG) for row in rows):
         problems.append(f"sparse attention failed or was wrong in {failed} rows, see above")
@@ -144,13 +137,12 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _add_options(of_phase: argparse.ArgumentParser, phase: str) -> None:
     def both(name: str) -> str:
-        cpu, cuda = (_DEFAULTS[phase, kind][name] for kind in ("cpu", "cuda"))
-        return "by default {} on the CPU, {} on a GPU".format(
-            *(spaced(default) if isinstance(default, list) else default for default in (cpu, cuda))
-        )
+        defaults = (_DEFAULTS[phase, kind][name] for kind in ("cpu", "cuda"))
+        shown = (spaced(default) if isinstance(default, list) else default for default in defaults)
+        return "by default {} on the CPU, {} on a GPU".format(*shown)
 
     add = of_phase.add_argument
-    add_out(of_phase, f"where {phase}.json and {phase}.png go")
+    add_out(of_phase, f"where {phase}.json goes")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="by default the GPU where there is one")
     add("--lengths", type=positive, nargs="+", metavar="N", help=f"keys, or tokens of a prompt; {both('lengths')}")
     add("--batch", type=positive, nargs="+", default=[1], metavar="B", help="by default 1")
@@ -167,62 +159,21 @@ def _add_options(of_phase: argparse.ArgumentParser, phase: str) -> None:
     add("--minutes", type=float, default=math.inf, help="no case begins after that; by default no limit")
 
 
-def timed(rows: Sequence[Row]) -> pd.DataFrame:
-    """Sparse rows, and of each case the fastest dense one, with ``speed`` over that dense one.
-
-    ``line`` is the selection, or ``"fastest dense"``. Empty where nothing was timed.
-    """
-    found = pd.DataFrame([{"kept_mass": None, "backend": "-"} | row for row in rows if "median_seconds" in row])
-    if found.empty:
-        return found
-    dense = found[found.kind == "dense"]
-    dense = dense.loc[dense.groupby(_CASE).median_seconds.idxmin()]
-    shown = pd.concat([found[found.kind == "sparse"], dense]).sort_values(_CASE, kind="stable")
-    shown["line"] = shown.method.where(shown.kind == "sparse", "fastest dense")
-    shown = shown.join(dense.set_index(_CASE).median_seconds.rename("fastest"), on=_CASE)
-    return shown.assign(speed=shown.fastest / shown.median_seconds)
-
-
 def text(rows: Sequence[Row]) -> str:
-    """The times of all cases, and everything that did not run or is wrong."""
-    shown, lines = timed(rows), []
-    if not shown.empty:
-        columns = {
-            "model": shown.geometry,
-            "batch": shown.batch,
-            "keys": shown.length.map("{:,}".format),
-            "budget": shown.budget.map("{:,}".format),
-            "method": shown.method,
-            _UNIT: (1e3 * shown.median_seconds).map("{:,.3f}".format),
-            "over dense": shown.speed.map("{:.2f}x".format),
-            "kept mass": shown.kept_mass.astype(float).map("{:.3f}".format),
-            "backend": shown.backend,
-        }
-        table = pd.DataFrame(columns).replace(["nan", "nanx"], "-")
-        lines += [table.to_string(index=False), "(kept mass: share of the dense softmax that is attended)"]
-    if missing := list(dict.fromkeys(_problem(row) for row in rows if row["status"] != OK)):
-        lines += ["", "Not run, or wrong:", *missing]
+    """The times of all selections and of the fastest dense attention, and everything that did not run or is wrong."""
+    lines, timed = list[str](), pd.DataFrame([row for row in rows if "median_seconds" in row])
+    if not timed.empty:
+        dense = timed[timed.kind == "dense"]
+        dense = dense.loc[dense.groupby(_CASE).median_seconds.idxmin()]
+        shown = pd.concat([timed[timed.kind == "sparse"], dense]).sort_values(_CASE, kind="stable")
+        shown = shown.join(dense.set_index(_CASE).median_seconds.rename("fastest"), on=_CASE)
+        shown[_UNIT], shown["over dense"] = 1e3 * shown.median_seconds, shown.fastest / shown.median_seconds
+        shown = shown.rename(columns={"geometry": "model", "length": "keys", "kept_mass": "kept mass"})
+        table = shown.reindex(columns=[*_SHOWN]).to_string(index=False, na_rep="-", formatters=_SHOWN)
+        lines += [table, "(kept mass: share of the dense softmax that is attended)"]
+    if missing := [row for row in rows if row["status"] != OK]:
+        lines += ["", "Not run, or wrong:"]
+    for row in missing:
+        case = Case(*(row[name] for name in _CASE))
+        lines.append(f"  {row['method']} ({case}): {row['status']}: {row['message']}")
     return "\n".join(lines)
-
-
-def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Writes the plot: time by length, sparse and the fastest dense, one panel per geometry and batch."""
-    panels = list(timed(rows).groupby(["geometry", "batch"], sort=False))
-    figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, ((geometry, batch), panel) in zip(axes, panels, strict=True):
-        for line, of in panel.groupby("line"):
-            axis.loglog(of.length, 1e3 * of.median_seconds, "o-", color=_COLOURS[line], label=line)
-        lengths = panel.length.unique()
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=45)
-        axis.set(title=f"{geometry}, batch {batch}", xlabel="keys", ylabel=_UNIT)
-        axis.grid()
-        axis.legend()
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def _problem(row: Row) -> str:
-    where = f"{row['geometry']}, batch {row['batch']}, {row['length']:,} keys"
-    return f"  {row['method']} ({where}): {row['status']}: {row['message']}"

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from eval_tasks.figures import Line, Panel, draw
@@ -47,6 +48,6 @@ def _by_length(rows: Sequence[Record], losses: Mapping[str, str]) -> Figure:
                 values = [np.subtract(1, row[loss])[[0, 2, 1]] if loss == "kept_mass" else row[loss] for row in own]
                 mean, *ends = np.array(values).T
                 drawn = {"color": colour, "linestyle": style, "yerr": np.abs(np.array(ends) - mean), "capsize": 2}
-                lines.append(Line(label, [row["n"] for row in own], mean, drawn))
-        panels.append(Panel(title, lines, sorted({row["n"] for row in rows}), x_label="n, keys"))
+                lines.append(Line(label, pd.Series(mean, [row["n"] for row in own]), drawn))
+        panels.append(Panel(title, lines, x_label="n, keys"))
     return draw(panels)

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from eval_tasks.matching import bracket, log_budgets
+from eval_tasks.methods import bracket, log_budgets
 from eval_tasks.stats import CONFIDENCE, paired_difference
 from nc_patch.budget import budgets
 

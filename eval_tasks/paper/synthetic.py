@@ -23,11 +23,6 @@ SPREADS = tuple(f"sigma={sigma:g}" for sigma in (1, 2, 4)) + tuple(f"s={s:g}" fo
 """Standard deviations of the scores: σ at every n, or growing so that σ² = s²·2·ln n."""
 
 
-def growing_spread(n: float, s: Any) -> Any:
-    """σ with σ² = s²·2·ln n, at which the entropy support n·exp(−σ²/2) is n^(1 − s²), for s up to 1."""
-    return s * math.sqrt(2.0 * math.log(n))
-
-
 def mass_share(sigma: Any, epsilon: float) -> Any:
     """The share of the keys, from the largest down, that hold 1 − ε of the mass of scores N(0, σ²): Φ(−σ − Φ⁻¹(ε)).
 
@@ -39,9 +34,12 @@ def mass_share(sigma: Any, epsilon: float) -> Any:
 
 
 def sigma_of(spread: str, n: float) -> float:
-    """σ of one of ``SPREADS`` over n keys."""
+    """σ of one of ``SPREADS`` over n keys.
+
+    Where it grows, the entropy support n·exp(−σ²/2) is n^(1 − s²), for s up to 1.
+    """
     kind, _, value = spread.partition("=")
-    return float(value) if kind == "sigma" else growing_spread(n, float(value))
+    return float(value) * (1.0 if kind == "sigma" else math.sqrt(2.0 * math.log(n)))
 
 
 @dataclass(frozen=True)
