@@ -3,6 +3,7 @@
 They talk over gloo, on GPUs too: they exchange a few words, and gloo notices at once when a process is gone.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,7 +25,7 @@ _PATIENCE = timedelta(days=1)
 def joined_processes() -> Iterator[PartialState]:
     """Joins the processes that a launcher started (``accelerate launch``, ``torchrun``, ``mpirun``), for the block.
 
-    Raises EvalError where they do not find each other.
+    Raises EvalError where they do not find each other, or the launcher started one where several were asked for.
     """
     try:
         state = PartialState(cpu=True, timeout=_PATIENCE)
@@ -34,6 +35,11 @@ def joined_processes() -> Iterator[PartialState]:
             "MASTER_PORT must name the machine of process 0 and a free port there."
         ) from error
     try:
+        if state.num_processes == 1 and {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys():
+            raise EvalError(
+                "accelerate launch started one process instead of several, as it does on CPUs: give it --multi_gpu in "
+                "place of --cpu, or use torchrun --nproc_per_node N"
+            )
         yield state
     finally:
         state.destroy_process_group()

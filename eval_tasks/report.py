@@ -267,7 +267,16 @@ def _caveats(run: Mapping[str, Any], frame: pd.DataFrame, compared: pd.DataFrame
     said = []
     if len(compared):
         fewest = compared["documents"].min()
-        said.append(f"{'Few samples: ' * bool(fewest < _FEW)}{fewest} documents or more in each comparison.")
+        told = f"{'Few samples: ' * bool(fewest < _FEW)}{fewest} documents or more in each comparison."
+        judged = compared[~compared["dense_fails"] & compared["p_difference"].notna()]
+        if len(judged):
+            within = judged.loc[judged["needed_within"].idxmax()]
+            told += (
+                f" With {len(judged)} comparisons a difference takes at least {within['needed']} documents to show, "
+                f"and “as good” {within['needed_within']} (margin {within['margin']:.4f}); fewer comparisons take "
+                "fewer."
+            )
+        said.append(told)
     for task, own in compared[compared["dense_fails"]].groupby("task", observed=True):
         lengths = ", ".join(f"{length:,}" for length in sorted(set(own["length"])))
         said.append(f"Dense attention itself fails in {title_of(task)} at {lengths} tokens: judge no method there.")

@@ -197,6 +197,8 @@ def test_the_first_table_is_of_the_longest_length_at_which_dense_works_and_every
     said = said_of(rows)
     assert "Against dense attention at 1,024 tokens" in said
     assert "Dense attention itself fails in recall perplexity at 4,096 tokens: judge no method there." in said
+    # Of the three lengths the last has no verdict, and the second is of one document.
+    assert "With 1 comparisons a difference takes at least 6 documents" in said
     assert "nothing is compared" in said_of(rows_of("recall", 1024, {"nc-topk": 3.0, "window": 9.0}))
 
 
