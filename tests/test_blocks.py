@@ -8,9 +8,8 @@ import itertools
 import pytest
 import torch
 from operations import problem_of
-from tiny_models import random_ids, tiny_model
 
-from nc_patch import NCConfig, patch_model, sparse_attention
+from nc_patch import NCConfig, sparse_attention
 from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals
 from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
@@ -68,20 +67,6 @@ def test_query_blocks_that_min_mass_enlarges_are_counted_and_keep_as_much():
     for number in plan.sample_owner.unique():
         of_heads = kept[:, plan.sample_owner == number].view(2, -1).mean(-1)
         assert bool((of_heads >= 0.9 - 1e-5).all()), "of the scored rows, for each key/value head"
-
-
-def test_a_patched_model_makes_one_plan_for_all_layers_of_one_law_in_a_forward_pass(monkeypatch):
-    made, make = [], blocks.make_plan
-    monkeypatch.setattr(blocks, "make_plan", lambda *given: made.append(given) or make(*given))
-    model, tokens = tiny_model("llama"), random_ids(2, 200)
-    settings = {"prefill": "block", "backend": "torch", "dense_below": 0}
-    with torch.no_grad():
-        patch_model(model, 2.0, 0.5, **settings)
-        for number, given in enumerate((tokens, tokens, tokens[:, :70]), 1):
-            model(given)
-            assert len(made) == number
-        patch_model(model, [2.0, 3.0, 4.0], 0.5, **settings)(tokens)
-    assert len(made) == 3 + 3
 
 
 def test_intervals_that_a_caller_changes_between_calls_count_and_nothing_is_left_on_them():
@@ -148,17 +133,6 @@ def test_its_interval_holds_the_truth():
         count += len(true)
     assert count == 36 * 5
     assert held / count >= 0.88, held / count  # 95 % is what it says
-
-
-def test_a_draw_follows_its_seed_and_leaves_the_global_random_state_alone():
-    tensors = peaked(6, 2, 600)
-    state = torch.get_rng_state()
-    (first, _), (again, _), (other, _) = (audited(tensors, "plain", seed) for seed in (3, 3, 4))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first.audit, again.audit)
-    assert not torch.equal(first.audit, other.audit)
-    assert torch.equal(first.output, other.output)
-    assert audited(tensors, "plain", -1)[0].audit is None
 
 
 def test_sequences_shorter_than_the_audit_and_empty_ones():

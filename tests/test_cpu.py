@@ -93,15 +93,6 @@ def test_instructions_are_those_that_numba_may_compile_to():
     assert done.stdout == "False False\n", done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_keys_of_bfloat16_may_lie_anywhere(selection, first):
-    query, key, value = (torch.randn(2, heads, 150, 19).bfloat16() for heads in (6, 2, 2))
-    tensors = (query[..., first : first + 18], key[..., first : first + 18], value)
-    found, expected = on_both(*tensors, alpha=2.0, C=0.5, selection=selection)
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize("selection", ["dense", "window", "topk"])
 def test_sums_over_many_keys_lose_no_digits(selection):
     """The error of one running sum grows with the number of keys: of a quarter of a million to two ten-thousandths."""
