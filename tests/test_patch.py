@@ -214,7 +214,7 @@ def test_settings_per_layer_and_head_act_there_alone_and_what_ran_dense_is_count
     assert layers[0]["dense_calls"] == {'the selection is "dense"': 2}
     assert layers[1]["dense_calls"] == {"the layer is in dense_layers": 3}
     assert layers[1]["attended_fraction"] == 1.0
-    assert layers[2]["dense_calls"] == {"alpha >= 1 with C = 1 attends every key": 1}
+    assert layers[2]["dense_calls"]["alpha >= 1 with C = 1 attends every key"] == 1
 
 
 def test_without_alpha_and_C_the_defaults_are_taken():
