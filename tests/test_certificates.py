@@ -11,7 +11,7 @@ import torch
 from attention_cases import HARD, WAYS, Case, Shape, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import problem_of_case
+from operations import INSTALLED, problem_of_case
 from tiny_models import random_ids, tiny_model
 from ways import SETTINGS, TOPK, left_padded, rows_of, small
 
@@ -21,24 +21,26 @@ from nc_patch.functional import attend
 from nc_patch.layers import Observed
 from nc_patch.ops.problem import AttentionResult
 from nc_patch.ops.reference import reference_attention
+from nc_patch.ops.rounding import rounding_bounds
 from nc_patch.selections import Dense
 
 WITHOUT_MEANS = {"topk": "drop", "codes with means": "codes"}
 
 
-def run(case: Case, way: str, value: torch.Tensor) -> AttentionResult:
+def run(case: Case, way: str, value: torch.Tensor, backend: str = "torch") -> AttentionResult:
     by_codes = WAYS[way].index == "codes"
     problem = case.problem(way, stats=not by_codes, bounds=by_codes)._replace(value=value)
-    return attend(problem, case.selection(way), "torch")
+    return attend(problem, case.selection(way), backend)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([way for way in WAYS if way not in ("dense", "block")]),
     st.sampled_from([None, *HARD.values()]),
+    st.sampled_from(INSTALLED),
 )
-def test_bounds_hold_the_truth_and_are_narrow_in_prefill(seed, way, kind):
+def test_bounds_hold_the_truth_and_are_narrow_in_prefill(seed, way, kind, backend):
     decode = WAYS[way].index is not None or kind is not None
     case = random_case(seed, decode=decode)
     case.key = case.key if kind is None else kind(case.key.clone())
@@ -49,13 +51,17 @@ def test_bounds_hold_the_truth_and_are_narrow_in_prefill(seed, way, kind):
     # attended.
     attended = run(replace(case, sinks=None), WITHOUT_MEANS.get(way, way), ones).output
     true = reference_attention(problem_of_case(case), attended > 0).kept_mass
-    lower, upper = certified_bounds(run(case, way, ones), problem_of_case(case)).double().unbind(-1)
+    result, problem = run(case, way, ones, backend), problem_of_case(case)
+    lower, upper = certified_bounds(result, problem).double().unbind(-1)
     assert bool((lower <= true + 1e-12).all()), float((lower - true).max())
     assert bool((true <= upper + 1e-12).all()), float((true - upper).max())
     assert bool(((lower >= 0) & (upper <= 1)).all())
     # A query that sees no key drops nothing.
     assert bool((lower.transpose(1, 2)[case.visible[..., 1] <= case.visible[..., 0]] == 1).all())
     assert decode or float((upper - lower).max()) < 1e-3
+    if (kept := result.kept_mass) is not None:  # whose bounds rest on the norms of keys that kernels have left
+        by_norms, by_keys = (rounding_bounds(each, case.problem(way)) for each in (kept, kept.clone()))
+        torch.testing.assert_close(by_norms, by_keys)
 
 
 def test_what_is_attended_whole_is_certain_to_be_whole_and_a_nan_never_to_be_kept():

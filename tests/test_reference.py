@@ -8,8 +8,6 @@ from operations import assert_close, problem_of_case
 from nc_patch import sparse_attention
 from nc_patch.ops.problem import visible_mask
 from nc_patch.ops.reference import raw_scores
-from nc_patch.ops.rows import Rows
-from nc_patch.selections.window import Window
 
 
 def topk_by_hand(scores, start, end, budget, sink_keys, recent_keys):
@@ -20,16 +18,19 @@ def topk_by_hand(scores, start, end, budget, sink_keys, recent_keys):
     return kept | set(rivals[: budget - len(kept)])
 
 
+@pytest.mark.parametrize("way", ["drop", "window"])
 @pytest.mark.parametrize("odd", [False, True], ids=["numbers", "nan and infinity"])
 @pytest.mark.parametrize("seed", range(20))
-def test_topk_mask_is_the_definition_read_aloud(seed, odd):
+def test_masks_are_the_definitions_read_aloud(seed, odd, way):
     case = random_case(seed, longest=30)
-    problem, sizes = problem_of_case(case), (case.options["sink_keys"], case.options["recent_keys"])
-    scores = raw_scores(problem)
+    problem, scores = problem_of_case(case), raw_scores(problem_of_case(case))
     if odd:  # NaN ranks with infinity, and of equal scores the first come first
         scores = torch.tensor([-torch.inf, -1.0, 0.0, 1.0, torch.inf, torch.nan])[torch.randint(6, scores.shape)]
-    mask = case.selection("drop").mask(problem, scores)
+    mask = case.selection(way).mask(problem, scores)
     ranked, budget = scores.nan_to_num(nan=torch.inf, posinf=torch.inf), case.budget.expand(scores.shape[:3])
+    sizes = case.options["sink_keys"], case.options["recent_keys"]
+    if way == "window":  # the first keys, and the most recent ones, of which there is always one
+        ranked, sizes = torch.arange(scores.shape[-1]).expand_as(scores), (case.options["sink_keys"], 1)
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
         start, end = case.visible[b, i].tolist()
         by_hand = topk_by_hand(ranked[b, h, i].tolist(), start, end, int(budget[b, h, i]), *sizes)
@@ -55,14 +56,6 @@ def test_a_full_budget_is_dense_attention(way, blocks, intervals):
     assert_close(result.output, dense, 1e-13)
     assert torch.allclose(result.kept_mass, torch.ones(2, 6, 33, dtype=torch.float64))
     assert torch.equal(result.attended, case.budget.expand(2, 6, 33))
-
-
-def test_a_window_is_the_first_keys_and_the_most_recent_ones():
-    budget, visible = torch.arange(12)[None], torch.tensor([[3, 40]], dtype=torch.int32).expand(12, 2)
-    kept = Window(4).keep(torch.zeros(1, 12, 50), Rows(visible, budget, visible[:, 0], 0, 1))[0]
-    for count, row in enumerate(kept):
-        firsts = min(4, max(count - 1, 0))
-        assert row.nonzero()[:, 0].tolist() == [*range(3, 3 + firsts), *range(40 - count + firsts, 40)]
 
 
 def test_a_page_whose_keys_are_equal_is_not_missed():

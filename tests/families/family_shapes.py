@@ -57,10 +57,9 @@ NOT_BUILT = {
 }
 # What a family needs beside the rules.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"layer_group_size": 2, "n_group": 1},
+    "bailing_hybrid": {"n_group": 1},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass": {
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
             "full_attention": None,
@@ -68,14 +67,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "csm": {"num_codebooks": 64},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
-    "gemma2": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
     "gemma3n Gemma3nForCausalLM": {
         "num_hidden_layers": 5,
         "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
         "num_kv_shared_layers": 2,
         "intermediate_size": [96] * 5,
         "activation_sparsity_pattern": [0.0] * 5,
-        "hidden_size_per_layer_input": 8,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
@@ -84,14 +81,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8},
-    "moshi": {"audio_vocab_size": VOCABULARY},
     "mllama": {"cross_attention_layers": [1]},
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
     "qwen4_exp": {"indexer_kv_heads": 1, "indexer_budget": 8, "indexer_compress_ratio": 4},
     "reformer": {"axial_pos_embds": False},
-    "vaultgemma": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
-    "xlm": {"emb_dim": 64, "n_words": VOCABULARY},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
