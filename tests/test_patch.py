@@ -231,13 +231,10 @@ def test_without_alpha_and_C_the_defaults_are_taken():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((0.0, 0.5), {}, ValueError, "alpha must be a positive number"),
-        ((1.0,), {}, TypeError, "give alpha and C"),
         ((NCConfig(1.0, 0.5),), {}, TypeError, r"patch_model\(model, config=NCConfig\(\.\.\.\)\)"),
         ((1.0, 0.5), {"dense_layers": [3]}, ValueError, r"dense_layers names layers \[3\], .* has layers 0 to 2"),
         ((1.0, 0.5), {"config": NCConfig(1.0, 0.5)}, TypeError, "config holds every setting; leave out alpha, C"),
         ((), {"profile": made_up_profile(), "C": 0.5}, TypeError, "leave out C"),
-        ((), {"profile": "profile.json"}, TypeError, "profile must be a Profile"),
     ],
 )
 def test_wrong_settings_are_refused_and_nothing_changes(arguments, options, error, message, before):

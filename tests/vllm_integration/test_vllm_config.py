@@ -30,14 +30,11 @@ def engine_config(model: str, settings: Any, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
-        ({**SETTINGS, "alhpa": 1}, {}, "unknown option alhpa; allowed are alpha, C"),
-        ({"alpha": -1}, {}, "alpha must be a positive number"),
         ({"C": 0.5}, {}, "alpha is missing"),
         ([4, 0.6], {}, r'additional_config\["nc_patch"\] must be an object'),
         ({**SETTINGS, "decode": "topk"}, {}, 'decode must be "block" in vLLM'),
         ({**SETTINGS, "track": True}, {}, "track and on_drop act in patched models"),
         ({"alpha": [4, 4]}, {}, "alpha has 2 layers, the model has 30"),
-        ({**SETTINGS, "dense_layers": [30]}, {}, "the model has layers 0 to 29"),
         (None, {}, "CUSTOM is nc_patch, which needs its settings"),
         (SETTINGS, {"attention_backend": None}, "add --attention-backend CUSTOM"),
         (SETTINGS, {"block_size": 32}, "block_size must be a multiple of 64"),
