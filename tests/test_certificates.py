@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import INSTALLED, problem_of_case
 from tiny_models import random_ids, tiny_model
-from ways import SETTINGS, TOPK, left_padded, rows_of, small
+from ways import TOPK, left_padded, rows_of, small
 
 from nc_patch import DroppedMassError, NCConfig, nc_stats, patch_model, reset_stats
 from nc_patch.certificates import certified_bounds
@@ -146,19 +146,6 @@ def test_a_call_redone_has_the_numbers_of_the_dense_model_and_its_gradients_and_
         stats = nc_stats(model)
         assert stats["attended_fraction"] == stats["kept_mass"]["prefill"]["least"] == 1.0
         assert [layer["exceeded_calls"] for layer in stats["layers"]] == [1, 1, 1]
-
-
-def test_where_enough_is_kept_nothing_changes():
-    model, ids = tiny_model("llama"), random_ids(2, 60)
-    for options in SETTINGS.values():
-        texts = []
-        for on_drop in ("ignore", "warn", "raise", "dense"):
-            patch_model(model, 2.0, 0.5, on_drop=on_drop, max_dropped_mass=0.999, **options)
-            texts.append(model.generate(ids, max_new_tokens=6, do_sample=False))
-            stats = nc_stats(model)
-            assert [layer["exceeded_calls"] for layer in stats["layers"]] == [0, 0, 0]
-            assert (stats["kept_mass"]["decode"] is None) == (on_drop == "ignore")
-        assert all(torch.equal(text, texts[0]) for text in texts[1:]), options
 
 
 @pytest.mark.parametrize("selection", ["topk", "block"])

@@ -1,7 +1,5 @@
 """Continuous batching of transformers on a patched model: each request gets the tokens that generate gives it alone."""
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -156,15 +154,6 @@ def test_unpatching_gives_back_the_models_own_continuous_batching(prompts, dense
     assert logprobs == pytest.approx(dense[1], abs=1e-4)
     assert type(model.init_continuous_batching(GenerationConfig(**NO_END))) is ContinuousBatchingManager
     assert model.config._attn_implementation == "sdpa"
-
-
-def test_copies_and_pickles_serve_by_themselves(prompts):
-    model = model_with(prefill="topk")
-    tokens = alone(model, prompts[:3])[0]
-    calls = nc_stats(model)["layers"][0]["calls"]
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert batched(other, prompts[:3])[0] == tokens
-        assert nc_stats(other)["layers"][0]["calls"] > calls == nc_stats(model)["layers"][0]["calls"]
 
 
 def test_a_session_goes_on_after_a_pause_and_fails_when_the_model_is_unpatched(prompts):

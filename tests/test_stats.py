@@ -65,18 +65,21 @@ def test_every_figure_says_what_it_rests_on(options, prefill, decode):
 
 
 @EACH_SETTING
-def test_tracking_changes_no_output_and_no_gradient_keeps_no_graph_and_counts_a_layer_that_is_run_again(settings):
+def test_watching_the_mass_changes_no_output_or_gradient_keeps_no_graph_and_counts_what_is_run_again(
+    settings,
+):
     ids, texts, gradients = random_ids(1, 80), [], []
-    for track in (False, True):
-        model = patch_model(tiny_model("llama"), 2.0, 0.5, track=track, **settings)
+    watched = [{"on_drop": name, "max_dropped_mass": 0.999} for name in ("warn", "raise", "dense")]
+    for options in ({}, *watched, {"track": True}):
+        model = patch_model(tiny_model("llama"), 2.0, 0.5, **options, **settings)
         torch.manual_seed(5)
         texts.append(model.generate(ids, max_new_tokens=12, do_sample=True))
-        assert (nc_stats(model)["kept_mass"] == NONE) == (not track)
+        assert (nc_stats(model)["kept_mass"] == NONE) == (not options)
         reset_stats(model)
         model.train()(ids, labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert torch.equal(*texts)
-    assert all(map(torch.equal, *gradients))
+    assert all(torch.equal(text, texts[0]) for text in texts)
+    assert all(all(map(torch.equal, each, gradients[0])) for each in gradients)
     counts = model.model.layers[0].self_attn._nc_patch.counters.mass["prefill"]
     held = [t for values in vars(counts).values() if isinstance(values, list) for t in values]
     assert held
