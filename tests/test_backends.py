@@ -4,14 +4,13 @@ import logging
 
 import pytest
 import torch
-from attention_cases import random_case
-from operations import INSTALLED, problem_of, problem_of_case
+from attention_cases import Shape, random_case
+from operations import INSTALLED, problem_of_case
 
 from nc_patch import library, sparse_attention
 from nc_patch.common import warn_anew
 from nc_patch.ops import backends
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections import Block, TopK
 
 
@@ -77,10 +76,10 @@ def test_custom_ops_keep_the_contract_of_torch(way):
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_memory_grows_with_keys_and_not_with_queries_times_keys(backend):
     process = pytest.importorskip("psutil").Process()
-    n = 6000  # Lq * Lk * heads in float32 would be 288 MB
-    query, key = torch.randn(1, 2, n, 16), torch.randn(1, 2, n, 16)
-    visible = causal_intervals(1, n, n, "cpu")
-    problem = problem_of(query, key, key, visible, visible[..., 1][:, None].clamp(max=50), scale=0.25)
+    # Lq * Lk * heads in float32 would be 288 MB.
+    problem = problem_of_case(
+        Shape("long", group=1, kv_heads=2, queries=6000, keys=6000, head_dim=16, budget=50).case()
+    )
     before = process.memory_info().rss
     for selection in (TopK(), Block()):
         selection.run(problem, backend)
