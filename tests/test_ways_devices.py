@@ -30,17 +30,13 @@ def dispatch(model, directory):
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=directory, force_hooks=True)
 
 
-def offload_to_cpu(model, directory):
-    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-
-
 def load_by_a_device_map(model, directory):
     model.save_pretrained(directory)
     implementation = {"attn_implementation": model.config._attn_implementation}
     return AutoModelForCausalLM.from_pretrained(directory, device_map="auto", **implementation)
 
 
-@pytest.mark.parametrize("place", [offload_to_cpu, dispatch, load_by_a_device_map])
+@pytest.mark.parametrize("place", [dispatch, load_by_a_device_map])
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_where_weights_lie_changes_no_number_patched_before_or_after(family, place, tmp_path):
     ids, dense = random_ids(2, 40), tiny_model(family)
