@@ -81,7 +81,6 @@ BY_LAYER = (2.0, 3.0)
 @pytest.mark.parametrize(
     ("alpha", "new_cache", "options"),
     [
-        (2.0, ways.dynamic_cache, ways.UNASKED),
         (BY_LAYER, ways.dynamic_cache, ways.UNASKED),
         (2.0, ways.static_cache, ways.UNASKED | {"backend": "torch"}),
         (2.0, ways.static_cache, ways.TOPK | {"key_index": "always"}),
