@@ -14,8 +14,8 @@ from frame import Measurement
 
 sys.path += [str(Path(__file__).parents[1] / part) for part in ("tests", "tests/families")]
 
+from family_shapes import families
 from family_suite import examine
-from family_walk import families
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ read -ra releases <<<"${TRANSFORMERS:-5.17.0 5.23.0 5.24.0}"
 out="${OUT:-docs/results/matrix.json}"
 home="${NC_MATRIX_DIR:-.matrix}"
 # What a change in PyTorch, Triton or transformers can break: settings need none of them, GPUs have scripts/gpu_check.sh.
-core=(tests/test_{attention,blocks,cache,config,cpu,interpreter,masks,patch,reference,refusals,stats,steps,triton_compile}.py
+core=(tests/test_{attention,blocks,cache,config,cpu,interpreter,masks,patch,selection,stats,steps,triton_compile}.py
     tests/test_ways.py tests/test_ways_{compile,masks,training}.py)
 [ $# -eq 0 ] || core=("$@")
 export FILES="$*" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}" COMMIT

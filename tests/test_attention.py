@@ -138,16 +138,6 @@ def test_a_patched_model_generates_as_with_pytorch(backend):
     torch.testing.assert_close(logits[backend], logits["torch"], atol=1e-4, rtol=1e-4)
 
 
-@EACH
-def test_pages_that_hold_nan_come_before_all_but_the_first_and_the_querys_own(backend):
-    case = Shape("nan", (), kv_heads=2, queries=1, keys=160, budget=48).case()
-    case.key[0, 0, 20:100:16] = torch.nan
-    output = case.run("pages", backend).output
-    assert_close(output, case.reference("pages").output, 1e-5)
-    assert output[:, :2].isnan().all()
-    assert output[:, 2:].isfinite().all()
-
-
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_other_backends_encode_keys_as_pytorch_does_to_rounding(dtype, backend):

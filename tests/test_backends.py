@@ -4,59 +4,44 @@ import logging
 
 import pytest
 import torch
-from attention_cases import random_case
-from operations import INSTALLED, problem_of, problem_of_case
+from attention_cases import Shape, random_case
+from operations import INSTALLED, problem_of_case
 
 from nc_patch import library, sparse_attention
 from nc_patch.common import warn_anew
 from nc_patch.ops import backends
 from nc_patch.ops.backends import choose_backend
-from nc_patch.ops.problem import causal_intervals
-from nc_patch.selections import Block, Dense, TopK, Window
-
-CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture
-def gpu(request, monkeypatch):
-    """A GPU of the compute capability, and the version of HIP, that a test names."""
-    capability, hip = request.param
-    monkeypatch.setattr(backends, "_triton_interprets", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-
-
-OLD = "needs a GPU of compute capability 8.0 or higher, and cuda:0 has"
-
-
-@pytest.mark.parametrize("gpu", [((8, 0), None), ((12, 0), None), ((6, 0), "6.4")], indirect=True, ids=str)
-@pytest.mark.parametrize("selection", [Block(), Dense(), TopK(), TopK(tail="drop"), Window()], ids=repr)
-def test_a_gpu_from_ampere_on_or_of_amd_runs_every_selection_on_triton(selection, gpu):
-    for phase in ("prefill", "decode") if selection.index_kind else ("prefill",):
-        call = {"device": CUDA, "head_dims": (128, 256), "implemented": selection.backends(phase)}
-        assert choose_backend("auto", **call) == choose_backend("triton", **call) == ("triton", None)
-        assert choose_backend("torch", **call) == ("torch", None)
+from nc_patch.selections import Block, TopK
 
 
 @pytest.mark.parametrize(
-    ("call", "reason", "gpu"),
+    ("capability", "hip", "call", "reason"),
     [
-        ({"head_dims": (192, 288)}, "takes a head_dim of at most 256, got 192 and 288", ((8, 0), None)),
-        ({"needs_grad": True}, "has no gradient", ((8, 0), None)),
-        ({"implemented": ("torch",)}, "has no kernel for it", ((8, 0), None)),
-        ({}, f"{OLD} 7.5", ((7, 5), None)),
+        *((*gpu, {}, None) for gpu in (((8, 0), None), ((12, 0), None), ((6, 0), "6.4"))),
+        ((8, 0), None, {"head_dims": (192, 288)}, "takes a head_dim of at most 256, got 192 and 288"),
+        ((8, 0), None, {"needs_grad": True}, "has no gradient"),
+        ((8, 0), None, {"implemented": ("torch",)}, "has no kernel for it"),
+        ((7, 5), None, {}, "needs a GPU of compute capability 8.0 or higher, and cuda:0 has 7.5"),
     ],
-    indirect=["gpu"],
 )
-def test_what_triton_cannot_run_runs_in_pytorch_and_by_name_is_refused(call, reason, gpu):
-    call = {"device": CUDA, "head_dims": (64, 64), **call}
+def test_a_gpu_from_ampere_on_or_of_amd_runs_triton_or_pytorch_and_by_name_what_it_cannot_run_is_refused(
+    capability, hip, call, reason, monkeypatch
+):
+    monkeypatch.setattr(backends, "_triton_interprets", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    call = {"device": torch.device("cuda", 0), "head_dims": (128, 256), **call}
     backend, said = choose_backend("auto", **call)
+    assert choose_backend("torch", **call) == ("torch", None)
+    with pytest.raises(RuntimeError, match="needs the tensors on a CPU, and they are on cuda"):
+        choose_backend("cpu", **call)
+    if reason is None:
+        assert (backend, said) == choose_backend("triton", **call) == ("triton", None)
+        return
     assert backend == "torch"
     assert said.startswith(f"Triton {reason}")
     with pytest.raises(RuntimeError, match=f'backend="triton" {reason}.*Use backend="auto" or backend="torch"'):
         choose_backend("triton", **call)
-    with pytest.raises(RuntimeError, match="needs the tensors on a CPU, and they are on cuda"):
-        choose_backend("cpu", **call)
 
 
 @pytest.mark.parametrize("numba", [True, False])
@@ -91,10 +76,10 @@ def test_custom_ops_keep_the_contract_of_torch(way):
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_memory_grows_with_keys_and_not_with_queries_times_keys(backend):
     process = pytest.importorskip("psutil").Process()
-    n = 6000  # Lq * Lk * heads in float32 would be 288 MB
-    query, key = torch.randn(1, 2, n, 16), torch.randn(1, 2, n, 16)
-    visible = causal_intervals(1, n, n, "cpu")
-    problem = problem_of(query, key, key, visible, visible[..., 1][:, None].clamp(max=50), scale=0.25)
+    # Lq * Lk * heads in float32 would be 288 MB.
+    problem = problem_of_case(
+        Shape("long", group=1, kv_heads=2, queries=6000, keys=6000, head_dim=16, budget=50).case()
+    )
     before = process.memory_info().rss
     for selection in (TopK(), Block()):
         selection.run(problem, backend)

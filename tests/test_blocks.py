@@ -3,46 +3,20 @@
 The audit has no bias, and an interval that holds the truth as often as it says.
 """
 
-import itertools
-
 import pytest
 import torch
-from operations import problem_of
-from tiny_models import random_ids, tiny_model
+from attention_cases import Shape
+from operations import problem_of_case
 
-from nc_patch import NCConfig, patch_model, sparse_attention
-from nc_patch.ops.problem import AttentionResult, Problem, causal_intervals
+from nc_patch import sparse_attention
+from nc_patch.ops.problem import causal_intervals
 from nc_patch.selections import Block
 from nc_patch.selections.block import blocks
 from nc_patch.selections.block.audit import AUDIT_COLUMNS, audited_rows
 from nc_patch.selections.block.blocks import BlockOptions, plan_of
 from nc_patch.stats import MassCounts
 
-
-def peaked(seed: int, B: int, n: int, Hq: int = 4) -> tuple[torch.Tensor, ...]:
-    """Query, key and value whose attention is sparse: keys drift slowly, and some queries repeat an early key."""
-    g = torch.Generator().manual_seed(seed)
-    drift = torch.randn(B, 2, n, 16, generator=g).cumsum(2)
-    key = drift / drift.norm(dim=-1, keepdim=True) * 4 + torch.randn(B, 2, n, 16, generator=g) * 0.3
-    query = key.repeat_interleave(Hq // 2, 1) + torch.randn(B, Hq, n, 16, generator=g)
-    query[:, :, n // 2 :: 3] = query[:, :, : n - n // 2 : 3]
-    return query, key, torch.randn(B, 2, n, 16, generator=g)
-
-
-def causal_problem(query, key, value, alpha: float, dense_below: int = 0, kind: str = "plain", **more) -> Problem:
-    """A problem with a budget of alpha n^0.5; ``kind``: of which intervals, where there are two sequences."""
-    n = query.shape[2]
-    visible = causal_intervals(len(query), n, key.shape[2], "cpu").clone()
-    if kind == "padded":
-        visible[1, : n // 4, 1] = n // 4
-        visible[1, :, 0] = n // 4
-    elif kind == "packed":
-        visible[1, n * 5 // 12 :, 0] = n * 5 // 12
-    origin = visible[..., 0].clone()
-    if kind == "sliding":
-        visible[..., 0] = (visible[..., 1] - n // 3).clamp(min=0)
-    budget = NCConfig(alpha, 0.5, dense_below=dense_below).row_budgets(visible, key.shape[2])
-    return problem_of(query, key, value, visible, budget, scale=0.25, origin=origin, **more)
+SIZES = {"kv_heads": 2, "head_dim": 16}
 
 
 def test_strides_are_the_powers_of_two_nearest_to_the_length_over_twice_the_mean_budget_of_heads():
@@ -55,9 +29,8 @@ def test_strides_are_the_powers_of_two_nearest_to_the_length_over_twice_the_mean
 
 
 def test_min_mass_enlarges_some_query_blocks_and_all_keep_as_much():
-    tensors = peaked(6, 1, 1024)
     law, more = Block(), Block(min_mass=0.9, max_factor=1000.0)
-    problem = causal_problem(*tensors, 2.0, stats=True)
+    problem = problem_of_case(Shape("enlarged", queries=1024, keys=1024, **SIZES).case(), stats=True)
     (by_law, enlarged), plan = (of.run(problem, "torch") for of in (law, more)), plan_of(problem, more)
     # A query block of a key/value head is enlarged where its last row, which sees most, attends more than by the law.
     grown = (enlarged.attended > by_law.attended)[0].view(2, 2, 16, 64).any((1, 3))
@@ -66,20 +39,6 @@ def test_min_mass_enlarges_some_query_blocks_and_all_keep_as_much():
     for number in plan.sample_owner.unique():
         of_heads = kept[:, plan.sample_owner == number].view(2, -1).mean(-1)
         assert bool((of_heads >= 0.9 - 1e-5).all()), "of the scored rows, for each key/value head"
-
-
-def test_a_patched_model_makes_one_plan_for_all_layers_of_one_law_in_a_forward_pass(monkeypatch):
-    made, make = [], blocks.make_plan
-    monkeypatch.setattr(blocks, "make_plan", lambda *given: made.append(given) or make(*given))
-    model, tokens = tiny_model("llama"), random_ids(2, 200)
-    settings = {"prefill": "block", "backend": "torch", "dense_below": 0}
-    with torch.no_grad():
-        patch_model(model, 2.0, 0.5, **settings)
-        for number, given in enumerate((tokens, tokens, tokens[:, :70]), 1):
-            model(given)
-            assert len(made) == number
-        patch_model(model, [2.0, 3.0, 4.0], 0.5, **settings)(tokens)
-    assert len(made) == 3 + 3
 
 
 def test_intervals_that_a_caller_changes_between_calls_count_and_nothing_is_left_on_them():
@@ -97,31 +56,25 @@ def test_intervals_that_a_caller_changes_between_calls_count_and_nothing_is_left
     assert vars(visible) == before
 
 
-def audited(
-    tensors: tuple[torch.Tensor, ...], kind: str, seed: int, dense_below: int = 0, **options: object
-) -> tuple[AttentionResult, torch.Tensor]:
-    """What ``Block`` makes of a problem, and the true mean kept mass of each head's rows, and of all."""
-    problem = causal_problem(*tensors, 4.0, dense_below, kind, stats=True, audit_seed=seed)
-    result, (start, end) = Block(**options).run(problem, "torch"), problem.visible.unbind(-1)
-    seen = (end > start)[:, None].expand(result.kept_mass.shape)
-    by_head = (result.kept_mass.double() * seen).sum((0, 2)) / seen.sum((0, 2))
-    return result, torch.cat((by_head, by_head.mean()[None]))
-
-
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("intervals", "dense_below", "options"),
     [
-        ("plain", {}),
-        ("padded", {"min_mass": 0.7}),
-        ("packed", {"query_block_size": 128, "sample_stride": 64, "local_keys": 0}),
-        ("sliding", {}),
-        ("plain", {"dense_below": 200, "sample_stride": 16}),
+        ("causal", 0, {}),
+        (("padding", 0, 150), 0, {"min_mass": 0.7}),
+        (("packed", 250), 0, {"query_block_size": 128, "sample_stride": 64, "local_keys": 0}),
+        (("sliding", 200, 0), 0, {}),
+        ("causal", 200, {"sample_stride": 16}),
     ],
     ids=str,
 )
-def test_the_audit_is_unbiased(kind, options):
-    tensors = peaked(11, 2, 600)
-    results, [true, *_] = zip(*(audited(tensors, kind, seed, **options) for seed in range(60)), strict=True)
+def test_the_audit_is_unbiased_and_its_interval_holds_the_truth(intervals, dense_below, options):
+    sizes = {"batch": 2, "queries": 600, "keys": 600, **SIZES}
+    case = Shape("audited", intervals=intervals, dense_below=dense_below, **sizes).case()
+    problem = problem_of_case(case, stats=True)
+    results = [Block(**options).run(problem._replace(audit_seed=seed), "torch") for seed in range(60)]
+    kept_mass, seen = results[0].kept_mass.double(), (case.rows > 0).expand(2, 4, 600)
+    by_head = (kept_mass * seen).sum((0, 2)) / seen.sum((0, 2))
+    true = torch.cat((by_head, by_head.mean()[None]))
     rows, kept, variance, freedom, count = torch.stack([r.audit.double() for r in results]).unbind(-1)
     means, errors = kept / rows, variance.sqrt() / rows
     assert bool((count[:, :-1] == 2 * audited_rows(600)).all())
@@ -132,39 +85,23 @@ def test_the_audit_is_unbiased(kind, options):
     # What it says of its own spread is what its spread is.
     assert bool((errors.mean(0) / means.std(0) > 0.7).all())
     assert bool((errors.mean(0) / means.std(0) < 1.5).all())
-
-
-def test_its_interval_holds_the_truth():
-    held, count = 0, 0
-    for case, kind in itertools.product(range(9), ("plain", "padded", "packed", "sliding")):
-        result, true = audited(peaked(100 + case, 2, 600, Hq=(2, 4, 6)[case % 3]), kind, seed=case)
+    held = []
+    for result in results:
         counts = MassCounts()
         counts.add_audit(result.audit)
         found = counts.summary()
         lower, upper = (torch.tensor([*found[f"{edge}_by_head"], found[edge]]) for edge in ("lower", "upper"))
-        held += int(((lower <= true) & (true <= upper)).sum())
-        count += len(true)
-    assert count == 36 * 5
-    assert held / count >= 0.88, held / count  # 95 % is what it says
-
-
-def test_a_draw_follows_its_seed_and_leaves_the_global_random_state_alone():
-    tensors = peaked(6, 2, 600)
-    state = torch.get_rng_state()
-    (first, _), (again, _), (other, _) = (audited(tensors, "plain", seed) for seed in (3, 3, 4))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first.audit, again.audit)
-    assert not torch.equal(first.audit, other.audit)
-    assert torch.equal(first.output, other.output)
-    assert audited(tensors, "plain", -1)[0].audit is None
+        held.append((lower <= true) & (true <= upper))
+    assert torch.stack(held).double().mean() >= 0.88  # 95 % is what it says
 
 
 def test_sequences_shorter_than_the_audit_and_empty_ones():
-    problem = causal_problem(*(t[:, :, :3] for t in peaked(7, 2, 40)), 1.0, audit_seed=0)
+    case = Shape("short", (), batch=2, queries=3, keys=3, budget=1, **SIZES).case()
+    problem = problem_of_case(case, audit_seed=0)
     one, none = problem.visible.clone(), torch.zeros_like(problem.visible)
     one[1] = 0
     for visible, rows in ((one, 3), (none, 0)):
-        result = Block().run(problem._replace(visible=visible, budget=problem.budget.clamp(max=1)), "torch")
+        result = Block().run(problem._replace(visible=visible), "torch")
         audit = dict(zip(AUDIT_COLUMNS, result.audit.T.tolist(), strict=True))
         assert audit["rows"] == [rows] * 4 + [4 * rows]
         assert audit["kept_mass"] == pytest.approx(audit["rows"])

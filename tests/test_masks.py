@@ -7,7 +7,7 @@ from transformers import masking_utils as mu
 from nc_patch import UnsupportedMaskError, masks
 from nc_patch.masks import interval_mask
 from nc_patch.ops.problem import visible_mask
-from nc_patch.visibility import Visibility, is_packed, is_plain_causal, visibility_of
+from nc_patch.visibility import Visibility, is_packed, visibility_of
 
 LENGTH = 40
 SEQUENCES = (3, 17, 20)  # lengths of packed sequences
@@ -163,13 +163,6 @@ def test_packed_intervals_are_handed_in_again_and_neither_other_masks_nor_those_
     for made, called in ((30, 20), (20, 30)):
         with pytest.raises(UnsupportedMaskError, match=f"another call than one of {called} queries"):
             visibility_of(interval_mask(1, made, called), 1, called, called, "Layer")
-
-
-def test_plain_causal_is_told_from_the_rest():
-    padding = torch.tensor([[1] * 5, [0, 1, 1, 1, 1]]).bool()
-    cases = (((5, 9, 4), None), ((5, 12, 4), None), ((5, 5, 0), padding | True), ((5, 5, 0), padding))
-    seen = [found(mu.causal_mask_function, (*call, 0), given, batch=2).visible for call, given in cases]
-    assert [is_plain_causal(s, call[1]) for s, (call, _) in zip(seen, cases, strict=True)] == [True, False] * 2
 
 
 @pytest.mark.parametrize("compose", [mu.or_masks, mu.and_masks])

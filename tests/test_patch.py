@@ -195,31 +195,26 @@ def test_attended_keys_are_counted_by_layer_and_apart_over_the_tail_however_long
     assert layer["mean_keys"] == pytest.approx(law(range(1, 25)) / 24)
 
 
-def test_what_ran_dense_is_counted_with_the_reason():
-    model, ids = tiny_model("llama"), random_ids(1, 30)
-    patch_model(model, 2.0, 0.5, dense_layers=[1], decode="dense")
-    model.generate(ids, max_new_tokens=3, do_sample=False)
-    layers = nc_stats(model)["layers"]
-    assert layers[1]["dense_calls"] == {"the layer is in dense_layers": 3}
-    assert layers[0]["dense_calls"] == {'the selection is "dense"': 2}
-    assert layers[1]["attended_fraction"] == 1.0
-    patch_model(model, 1.0, 1.0)(ids)
-    assert nc_stats(model)["layers"][0]["dense_calls"] == {"alpha >= 1 with C = 1 attends every key": 1}
-
-
-def test_dense_layers_and_settings_per_layer_and_head_act_there_alone():
+def test_settings_per_layer_and_head_act_there_alone_and_what_ran_dense_is_counted_with_the_reason():
     model, ids = tiny_model("llama"), random_ids(1, 80)
     dense = model(ids).logits
     assert_close(patch_model(model, 1.0, 0.5, dense_layers=[0, 1, 2])(ids).logits, dense)
     patch_model(model, 1.0, 0.5, dense_layers=[0, 1, 2], backend="torch")
     assert torch.equal(model(ids).logits, dense)
-    patch_model(model, [1.0, 1.0, 1.0], [1.0, 0.5, 1.0], **TOPK)(ids)
-    fractions = [layer["attended_fraction"] for layer in nc_stats(model)["layers"]]
-    assert fractions[0] == fractions[2] == 1.0
-    assert fractions[1] < 0.4
+    for selection in ("topk", "block"):  # whose plan layers of one law share
+        patch_model(model, [4.0, 1.0, 4.0], 0.5, selection=selection)(ids)
+        fractions = [layer["attended_fraction"] for layer in nc_stats(model)["layers"]]
+        assert fractions[1] < fractions[0] == fractions[2] < 1
     patch_model(model, [[1.0, 2.0, 3.0, 4.0]] * 3, 0.0, **TOPK)(ids)
     expected = sum(min(n, k) for n in range(1, 81) for k in (1, 2, 3, 4)) / 320
     assert nc_stats(model)["mean_keys"] == pytest.approx(expected)
+    patch_model(model, [2.0, 2.0, 1.0], [0.5, 0.5, 1.0], dense_layers=[1], decode="dense")
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    layers = nc_stats(model)["layers"]
+    assert layers[0]["dense_calls"] == {'the selection is "dense"': 2}
+    assert layers[1]["dense_calls"] == {"the layer is in dense_layers": 3}
+    assert layers[1]["attended_fraction"] == 1.0
+    assert layers[2]["dense_calls"]["alpha >= 1 with C = 1 attends every key"] == 1
 
 
 def test_without_alpha_and_C_the_defaults_are_taken():
@@ -236,13 +231,10 @@ def test_without_alpha_and_C_the_defaults_are_taken():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((0.0, 0.5), {}, ValueError, "alpha must be a positive number"),
-        ((1.0,), {}, TypeError, "give alpha and C"),
         ((NCConfig(1.0, 0.5),), {}, TypeError, r"patch_model\(model, config=NCConfig\(\.\.\.\)\)"),
         ((1.0, 0.5), {"dense_layers": [3]}, ValueError, r"dense_layers names layers \[3\], .* has layers 0 to 2"),
         ((1.0, 0.5), {"config": NCConfig(1.0, 0.5)}, TypeError, "config holds every setting; leave out alpha, C"),
         ((), {"profile": made_up_profile(), "C": 0.5}, TypeError, "leave out C"),
-        ((), {"profile": "profile.json"}, TypeError, "profile must be a Profile"),
     ],
 )
 def test_wrong_settings_are_refused_and_nothing_changes(arguments, options, error, message, before):

@@ -1,4 +1,4 @@
-"""Models over devices, processes and threads, in fewer bits, in pipelines: the numbers stay, or the way is refused."""
+"""Models over devices, processes and threads, in fewer bits: the numbers stay, or the way is refused."""
 
 import tempfile
 import threading
@@ -9,8 +9,7 @@ import torch
 import ways
 from processes import call_ranks, ended
 from tiny_models import random_ids, tiny_model
-from tiny_sweep import tiny_text, tiny_tokenizer
-from transformers import AutoModelForCausalLM, TextGenerationPipeline
+from transformers import AutoModelForCausalLM
 from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction, full_and_small, generated, small
 
 from nc_patch import UnsupportedModelError, nc_stats, patch_model, reset_stats, unpatch_model
@@ -31,17 +30,13 @@ def dispatch(model, directory):
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=directory, force_hooks=True)
 
 
-def offload_to_cpu(model, directory):
-    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-
-
 def load_by_a_device_map(model, directory):
     model.save_pretrained(directory)
     implementation = {"attn_implementation": model.config._attn_implementation}
     return AutoModelForCausalLM.from_pretrained(directory, device_map="auto", **implementation)
 
 
-@pytest.mark.parametrize("place", [offload_to_cpu, dispatch, load_by_a_device_map])
+@pytest.mark.parametrize("place", [dispatch, load_by_a_device_map])
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_where_weights_lie_changes_no_number_patched_before_or_after(family, place, tmp_path):
     ids, dense = random_ids(2, 40), tiny_model(family)
@@ -133,17 +128,7 @@ def test_in_fewer_bits_logits_are_those_of_dense_and_of_the_row_alone_whenever_t
             assert torch.equal(unpatch_model(model)(rows[0][None]).logits, dense(rows[0][None]).logits)
 
 
-# Serving
-
-
-def test_a_pipeline_writes_what_dense_writes_and_with_a_small_budget_what_each_text_gets_alone():
-    texts, tokenizer = [tiny_text(words, seed=words) for words in (30, 12, 21)], tiny_tokenizer()
-    tokenizer.padding_side = "left"
-    how = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
-    for model, reference in full_and_small("llama"):
-        written, expected = (TextGenerationPipeline(model=each, tokenizer=tokenizer) for each in (model, reference))
-        assert written(texts, batch_size=3, **how) == [expected(text, **how) for text in texts]
-    assert attended_fraction(model) < 0.7
+# Calls
 
 
 def test_attention_weights_are_refused_by_name():

@@ -6,7 +6,7 @@ import family_shapes
 import pytest
 import torch
 import transformers
-from family_walk import Family
+from family_shapes import Family
 from tiny_models import VOCABULARY, random_ids, tiny_model
 from transformers import DynamicCache
 from ways import assert_close, attended_fraction, boundaries, full, generated, left_padded, rows_of, small

@@ -210,10 +210,6 @@ def packed(model: Callable[..., Any], rows: Rows, kind: str, filler: int | None 
     return list(logits.split([len(row) for row in rows]))
 
 
-def packed_beside_a_mask(model: Callable[..., Any], rows: Rows) -> Rows:
-    return packed(model, rows, "position_ids", attention_mask=torch.ones(1, sum(map(len, rows))))
-
-
 def in_pieces(model: Callable[..., Any], rows: Rows, cuts: Callable[[int], Any], cache: Any = dynamic_cache) -> Rows:
     """A batch padded on the left on a cache, the model's own where ``cache`` is None, cut at ``cuts`` of its length."""
     batch, logits = left_padded(rows), []
@@ -252,7 +248,6 @@ def while_training(model: PreTrainedModel, rows: Rows) -> Rows:
 WAYS: dict[str, Callable[[Any, Rows], Rows]] = {
     "padded left": in_a_batch,
     "padded right": partial(in_a_batch, pad=right_padded),
-    "in a batch of eight": lambda model, rows: in_a_batch(model, (rows * 8)[:8])[: len(rows)],
     "holes": partial(in_a_batch, pad=with_holes),
     "holes, dynamic cache": partial(in_a_batch, pad=with_holes, cache=dynamic_cache),
     "holes, static cache": partial(in_a_batch, pad=with_holes, cache=static_cache),
@@ -267,7 +262,9 @@ WAYS: dict[str, Callable[[Any, Rows], Rows]] = {
     "packed by positions, padding that counts as 0": partial(packed, kind="positions", filler=0),
     "packed by lengths, padding between": partial(packed, kind="cu_seq_lens", filler=99),
     "packed by numbers, padding between": partial(packed, kind="seq_idx", filler=99),
-    "packed, with a mask of ones": packed_beside_a_mask,
+    "packed, with a mask of ones": lambda model, rows: packed(
+        model, rows, "position_ids", attention_mask=torch.ones(1, sum(map(len, rows)))
+    ),
     "in pieces": partial(in_pieces, cuts=anywhere),
     "in pieces, static cache": partial(in_pieces, cuts=anywhere, cache=static_cache),
     "cut at query blocks": partial(each_in_pieces, cuts=at_query_blocks),

@@ -1,15 +1,22 @@
-"""Tiny models of any family, built from its own default config: every field that has a size is made small.
+"""Every causal language model class of the installed ``transformers``, found by walking the library, as a tiny model.
 
-Fields are made small by their names, which families share; what a family needs beside that stands in ``OVERRIDES``.
+Two places are looked at, so that a class which stands in only one of them is found as well: the mapping of
+``AutoModelForCausalLM``, and the source of every model directory, for classes named ``*ForCausalLM``. A model is built
+from its own default config: every field that has a size is made small by its name, which families share; what a family
+needs beside that stands in ``OVERRIDES``.
 """
 
 import dataclasses
+import importlib
 import re
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from family_walk import Family
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MAPPED
 
 VOCABULARY = 97
 LAYERS = 3
@@ -57,10 +64,9 @@ NOT_BUILT = {
 }
 # What a family needs beside the rules.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"layer_group_size": 2, "n_group": 1},
+    "bailing_hybrid": {"n_group": 1},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass": {
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
             "full_attention": None,
@@ -68,14 +74,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "csm": {"num_codebooks": 64},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
-    "gemma2": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
     "gemma3n Gemma3nForCausalLM": {
         "num_hidden_layers": 5,
         "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
         "num_kv_shared_layers": 2,
         "intermediate_size": [96] * 5,
         "activation_sparsity_pattern": [0.0] * 5,
-        "hidden_size_per_layer_input": 8,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
@@ -84,20 +88,52 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8},
-    "moshi": {"audio_vocab_size": VOCABULARY},
     "mllama": {"cross_attention_layers": [1]},
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
     "qwen4_exp": {"indexer_kv_heads": 1, "indexer_budget": 8, "indexer_compress_ratio": 4},
     "reformer": {"axial_pos_embds": False},
-    "vaultgemma": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
-    "xlm": {"emb_dim": 64, "n_words": VOCABULARY},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
 # What a model needs beside its config.
 _AFTERWARDS = {"xmod": lambda model: model.set_default_language("en_XX")}
+
+
+class Family(NamedTuple):
+    """One class of ``transformers`` that predicts the next token.
+
+    Attributes:
+        name: directory below ``transformers.models``; the class's name follows it where a directory has several.
+        module: the module that defines the class.
+        class_name: the class.
+    """
+
+    name: str
+    module: str
+    class_name: str
+
+    def load(self) -> type:
+        """The class itself; imports its module."""
+        return getattr(importlib.import_module(self.module), self.class_name)
+
+
+@lru_cache(maxsize=1)
+def families() -> tuple[Family, ...]:
+    """All families, ordered by name; no model module is imported."""
+    defined: dict[str, tuple[str, str]] = {}
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        for name in re.findall(r"^class (\w+)\(", path.read_text(), re.MULTILINE):
+            defined.setdefault(name, (path.parent.name, f"transformers.models.{path.parent.name}.{path.stem}"))
+    mapped = {name for names in MAPPED.values() for name in ((names,) if isinstance(names, str) else names)}
+    found = mapped | {name for name in defined if name.endswith("ForCausalLM") and name != "AutoModelForCausalLM"}
+    directories = [defined[name][0] for name in found]
+    named = []
+    for name in found:
+        directory, module = defined[name]
+        named.append(Family(directory if directories.count(directory) == 1 else f"{directory} {name}", module, name))
+    return tuple(sorted(named))
 
 
 def settings_of(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,13 @@ out first, and then nothing more is asked of the patched model than to do the sa
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import ways
-from family_shapes import NOT_BUILT, VOCABULARY, tiny_model
-from family_walk import Family
+from family_shapes import NOT_BUILT, VOCABULARY, Family, tiny_model
 from transformers import PreTrainedModel
 
 from nc_patch import UnsupportedMaskError, UnsupportedModelError, nc_stats, patch_model, unpatch_model
@@ -77,40 +77,43 @@ class _Runs:
         )
         with torch.inference_mode():
             given = self(self.ids[None], position_ids=torch.arange(LENGTH)[None], use_cache=False).logits[0]
-            if _difference(given, self.prefill()) > DIFFERENT:  # it does not count positions from 0: it is given none
+            # It does not count positions from 0: it is given none.
+            if _difference(given, self.logits("prefill")) > DIFFERENT:
                 self.takes.discard("position_ids")
 
     def __call__(self, input_ids: torch.Tensor, **arguments: Any) -> Any:
         arguments = {name: value for name, value in arguments.items() if name in self.takes and value is not None}
         return self.model(input_ids=input_ids, **arguments)
 
-    def prefill(self, length: int = LENGTH) -> torch.Tensor:
-        return ways.alone(self, [self.ids[:length]])[0]
+    def logits(self, way: str) -> torch.Tensor:
+        """What it gives in a way of ``RUNS``."""
+        return RUNS[way](self, self.ids, self.other)
 
-    def single(self) -> torch.Tensor:
-        return self.prefill(1)
 
-    def pair(self) -> torch.Tensor:
-        return self.prefill(2)
+def generated(runs: _Runs, ids: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Logits of a few greedy steps after the left-padded batch."""
+    how = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
+    how |= {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "pad_token_id": 0}
+    out = runs.model.generate(**ways.left_padded([ids, other]), **how)
+    return torch.stack(out.logits, 1).flatten(0, 1)
 
-    def padded(self) -> torch.Tensor:
-        return torch.cat(ways.in_a_batch(self, [self.ids, self.other]))
 
-    def packed(self, use_cache: bool = False) -> torch.Tensor:
-        return ways.packed(self, [self.other, self.ids], "positions", use_cache=use_cache)[1]
+def in_pieces(*cuts: int) -> Callable[..., torch.Tensor]:
+    """A run on the model's own cache, cut there."""
+    return lambda runs, ids, _: ways.in_pieces(runs, [ids], lambda length: (0, *cuts, length), cache=None)[0]
 
-    def chunks(self) -> torch.Tensor:
-        return ways.in_pieces(self, [self.ids], lambda length: (0, 14, 15, 30, length), cache=None)[0]
 
-    def steps(self) -> torch.Tensor:
-        return ways.in_pieces(self, [self.ids], lambda length: (0, *range(length - 12, length + 1)), cache=None)[0]
-
-    def generated(self) -> torch.Tensor:
-        """Logits of a few greedy steps after the left-padded batch."""
-        how = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
-        how |= {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "pad_token_id": 0}
-        out = self.model.generate(**ways.left_padded([self.ids, self.other]), **how)
-        return torch.stack(out.logits, 1).flatten(0, 1)
+RUNS: dict[str, Callable[[_Runs, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "prefill": lambda runs, ids, _: ways.alone(runs, [ids])[0],
+    "single": lambda runs, ids, _: ways.alone(runs, [ids[:1]])[0],
+    "pair": lambda runs, ids, _: ways.alone(runs, [ids[:2]])[0],
+    "padded": lambda runs, ids, other: torch.cat(ways.in_a_batch(runs, [ids, other])),
+    "packed": lambda runs, ids, other: ways.packed(runs, [other, ids], "positions", use_cache=False)[1],
+    "packed, with a cache": lambda runs, ids, other: ways.packed(runs, [other, ids], "positions", use_cache=True)[1],
+    "chunks": in_pieces(14, 15, 30),
+    "steps": in_pieces(*range(LENGTH - 12, LENGTH)),
+    "generated": generated,
+}
 
 
 def examine(family: Family) -> Outcome:
@@ -136,7 +139,7 @@ def examine(family: Family) -> Outcome:
     patch_model(model, **FULL["topk"])
     with torch.inference_mode():
         try:
-            runs.prefill()
+            runs.logits("prefill")
         except (UnsupportedModelError, UnsupportedMaskError) as error:
             outcome.refused, outcome.refused_at = str(error), "the first call"
             return outcome
@@ -146,12 +149,12 @@ def examine(family: Family) -> Outcome:
 
 
 def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outcome: Outcome) -> None:
-    before, reference = runs.prefill(), _Runs(tiny_model(family, "eager"))
-    alone = reference.prefill()
+    before, reference = runs.logits("prefill"), _Runs(tiny_model(family, "eager"))
+    alone = reference.logits("prefill")
     expected, able = {"prefill": alone}, {}
     for way in ("single", "pair", *AS_ALONE, "generated"):
         try:
-            expected[way] = getattr(reference, way)()
+            expected[way] = reference.logits(way)
         except Exception as error:  # whatever a dense model cannot do is recorded, and not asked of a patched one
             able[way] = f"not when dense either ({type(error).__name__})"
             continue
@@ -159,7 +162,7 @@ def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outc
         able[way] = "yes" if same else "as dense"
     if able["packed"] == "as dense":  # which does not look where sequences begin; a patched model does if it is told
         patch_model(model, **FULL["topk"])
-        found = runs.packed()
+        found = runs.logits("packed")
         if _difference(found, alone) < DIFFERENT:
             expected["packed"], able["packed"] = alone, "yes, unlike when dense"
         elif _difference(found, expected["packed"]) > DIFFERENT and nc_stats(model)["left_dense"]:
@@ -169,10 +172,10 @@ def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outc
     for selection, options in FULL.items():
         patch_model(model, selection=selection, **options)
         for way, dense in expected.items():
-            _same(outcome, f"{way}, full budget, {selection}", getattr(runs, way), dense)
+            _same(outcome, f"full budget, {selection}", runs, way, dense)
         chunks = getattr(model.config.get_text_config(), "attention_chunk_size", None)
         if selection == "topk" and able["packed"].startswith("yes") and not chunks:
-            _same(outcome, "packed, with a cache, full budget", lambda: runs.packed(use_cache=True), alone)
+            _same(outcome, "full budget", runs, "packed, with a cache", alone)
         stats = nc_stats(model)
         if idle := [layer["name"] for layer in stats["layers"] if not layer["calls"]]:
             outcome.wrong.append(f"patched, but never called: {', '.join(idle)}")
@@ -181,20 +184,20 @@ def _examine_supported(model: PreTrainedModel, family: Family, runs: _Runs, outc
         unpatch_model(model)
     for selection, options in SMALL.items():
         patch_model(model, **options)
-        whole = runs.prefill()
+        whole = runs.logits("prefill")
         if _difference(whole, before) < DIFFERENT:
             outcome.wrong.append(f"a small budget changes nothing, {selection}")
         for way in AS_ALONE:
             if able[way].startswith("yes"):
-                _same(outcome, f"{way}, small budget, {selection}", getattr(runs, way), whole)
+                _same(outcome, f"small budget, {selection}", runs, way, whole)
         unpatch_model(model)
     if "steps" in expected:
         patch_model(model, key_index="never", **PAGES)
-        by_new_pages = runs.steps()
+        by_new_pages = runs.logits("steps")
         patch_model(model, key_index="always", **PAGES)
-        _same(outcome, "steps, small budget, block by kept pages", runs.steps, by_new_pages)
+        _same(outcome, "small budget, block by kept pages", runs, "steps", by_new_pages)
         unpatch_model(model)
-    if not torch.equal(runs.prefill(), before):
+    if not torch.equal(runs.logits("prefill"), before):
         outcome.wrong.append("the output after unpatching is not bit for bit what it was")
     outcome.prefill = _say({"at once": "yes", "padded batches": able["padded"], "in pieces": able["chunks"]})
     outcome.decode = _say({"generate": able["generated"], "on a cache that is handed on": able["steps"]})
@@ -217,11 +220,11 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def _same(outcome: Outcome, what: str, run: Any, expected: torch.Tensor) -> None:
+def _same(outcome: Outcome, budget: str, runs: _Runs, way: str, expected: torch.Tensor) -> None:
     try:
-        difference = _difference(run()[: len(expected)], expected)
+        difference = _difference(runs.logits(way)[: len(expected)], expected)
     except Exception as error:  # it ran dense: any error is a finding, named with its type
-        outcome.wrong.append(f"{what}: {type(error).__name__}: {error}")
+        outcome.wrong.append(f"{way}, {budget}: {type(error).__name__}: {error}")
         return
     if difference > TOLERANCE:
-        outcome.wrong.append(f"{what}: differs by {difference:.1e}")
+        outcome.wrong.append(f"{way}, {budget}: differs by {difference:.1e}")

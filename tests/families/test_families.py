@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from family_shapes import tiny_model
+from family_shapes import Family, families, tiny_model
 from family_suite import examine
-from family_walk import Family, families
 from transformers import DynamicCache, masking_utils
 from ways import wide_but
 
