@@ -13,7 +13,7 @@ import weakref
 import pandas as pd
 import pytest
 import torch
-from processes import ended, lines, python, start, start_ranks, wait_until
+from processes import command, lines, python, run_ranks, start, wait_until
 from tiny_sweep import sweep_arguments, tiny_files, tiny_text
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -44,7 +44,8 @@ def same_table(out, other):
 
 def run_two(home, *outs, setups=(None, None)):
     """Two processes of a tiny sweep, into directories of these names."""
-    return ended(home, start_ranks(home, [sweep_arguments(home, home / out) for out in outs], setups))
+    given = zip((sweep_arguments(home, home / out) for out in outs), setups, strict=True)
+    return run_ranks(home, command, *given)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,7 +166,7 @@ def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_tho
     out.mkdir()
     (out / "results.jsonl").write_text("".join(half))
     shutil.copy(alone / "run.json", out)
-    codes, said, other = run_two(home, "two", "two", setups=(None, _other_machine_with_a_stale_file))
+    codes, (said, other) = run_two(home, "two", "two", setups=(None, _other_machine_with_a_stale_file))
     assert codes == [0, 0], said + other
     assert results(out) == results(alone)
     same_table(out, alone)
@@ -220,7 +221,7 @@ GONE = "another of the 2 processes ended or does not answer"
 def test_where_a_process_ends_or_fails_it_says_so_the_other_stops_and_the_same_command_goes_on(
     home, alone, outs, setups, codes, messages
 ):
-    found, *said = run_two(home, *outs, setups=setups)
+    found, said = run_two(home, *outs, setups=setups)
     assert found == codes, said
     assert all(re.search(message, each) for message, each in zip(messages, said, strict=True)), said
     kept = read_rows(home / outs[0])
@@ -241,7 +242,7 @@ def test_killed_or_interrupted_twenty_times_at_random_nothing_is_lost_and_the_ta
     draw, out, codes, kept = random.Random(7), home / "killed", [], b""
     written = out / "results.jsonl"
     while len(codes) < 20:
-        process = start(sweep_arguments(home, out), home / "said", _interruptible)
+        process = start(command, sweep_arguments(home, out), _interruptible, said=home / "said")
         # Some are killed while the model loads, the rest after a few rows, wherever that is in the code.
         further = max(0, draw.randint(-1, 4))
         more = lines(written) + further

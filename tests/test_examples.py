@@ -4,13 +4,13 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig
@@ -126,18 +126,13 @@ def test_the_notebook_runs_from_top_to_bottom(subword_model, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("name", "further", "written"),
     [
-        ("lm_eval.sh", ("nc_perplexity",), "**/results_*.json"),
-        ("accelerate_sweep.sh", ("--lengths", "96", "--scored", "16", "--passage", "12"), "report.html"),
+        ("lm_eval.sh", ["nc_perplexity"], "**/results_*.json"),
+        ("accelerate_sweep.sh", ["--lengths", "96", "--scored", "16", "--passage", "12"], "report.html"),
     ],
 )
 def test_scripts_run_from_end_to_end(subword_model, tmp_path, name, further, written):
-    path, python_path = os.environ["PATH"], os.environ.get("PYTHONPATH", "")
-    environment = os.environ | {
-        "OUTPUT": str(tmp_path / "out"), "METADATA": '{"lengths": [300, 400]}',
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{path}",
-        "PYTHONPATH": f"{EXAMPLES.parent}{os.pathsep}{python_path}",
-    }  # fmt: skip
-    command = ["bash", EXAMPLES / name, subword_model, *further]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ahead = {"PATH": Path(sys.executable).parent, "PYTHONPATH": EXAMPLES.parent}
+    environment = {name: f"{first}{os.pathsep}{os.environ.get(name, '')}" for name, first in ahead.items()}
+    environment |= {"OUTPUT": "out", "METADATA": '{"lengths": [300, 400]}'}
+    processes.run("bash", EXAMPLES / name, subword_model, *further, cwd=tmp_path, **environment)
     assert list((tmp_path / "out").glob(written))

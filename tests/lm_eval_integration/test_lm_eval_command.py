@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,16 +12,11 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 from lm_eval.tasks import TaskManager
 from lm_eval_case import ROOT, SCORED, TASKS_DIRECTORY
+from processes import python
 
 from eval_tasks.lm_eval import __main__ as command
 from eval_tasks.texts import python_reference
 from nc_patch import NCConfig
-
-
-def run_command(module, *arguments, cwd, **environment):
-    known = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=known | environment, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +38,8 @@ def test_the_stock_command_and_ours_run_the_tasks_with_no_cache_that_can_be_writ
     given = ["--tasks", "nc_perplexity,nc_passkey", "--model_args", f"pretrained={model_dir},dtype=float32{model_args}"]
     home = tmp_path / "home"
     home.write_text("")  # a file where the directory of caches and their locks would be
-    done = run_command(module, "run", *line, *shared, *given, cwd=tmp_path, HF_HOME=str(home))
-    assert done.returncode == 0, done.stderr
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(home)}
+    python("-m", module, "run", *line, *shared, *given, cwd=tmp_path, **environment)
     (file,) = tmp_path.rglob("results_*.json")
     written = json.loads(file.read_text())
     assert set(written["results"]) == {"nc_passkey", "nc_perplexity"}
