@@ -1,7 +1,7 @@
 """Calibration of whole models: what it finds, what it leaves as it was, and how it is shared."""
 
 import hashlib
-import itertools
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -91,18 +91,11 @@ def test_a_patched_model_is_calibrated_densely_and_keeps_its_patch():
     assert nc_stats(model)["mean_keys"] < 2.1
 
 
-def test_the_model_is_restored_when_the_pass_with_gradients_fails(monkeypatch):
+def test_the_model_is_restored_when_the_pass_with_gradients_fails():
     model = tiny_model("llama")
-    before, real, calls = state_of(model), measure.row_curves, itertools.count(1)
-
-    def fail(*arguments):
-        if next(calls) == 3 * len(LENGTHS) + 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(measure, "row_curves", fail)
+    before, stop = state_of(model), Mock(side_effect=[None, None, None, None, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=1, rows=6)
+        measure_piece(model, random_ids(128).tolist(), Plan(LENGTHS, 6, (0.1,)), stop)
     assert state_of(model) == before
 
 

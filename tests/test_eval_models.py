@@ -1,4 +1,4 @@
-"""Models by name, and the cache of the converted one."""
+"""Models by name, and what is loaded of each."""
 
 from unittest.mock import Mock
 
@@ -12,31 +12,6 @@ from eval_tasks import models, smollm2
 from eval_tasks.errors import EvalError
 from eval_tasks.models import attention_of, find_model, load_model
 from nc_patch.calibration.fingerprint import weights_fingerprint
-
-
-@pytest.fixture
-def packaged(tmp_path, monkeypatch):
-    """A pretended package whose file is converted by writing a few bytes; gives the list of conversions."""
-    gguf = tmp_path / "model.gguf"
-    gguf.write_bytes(b"0123456789")
-    conversions = []
-
-    def convert(source, directory):
-        conversions.append(source)
-        (directory / "config.json").write_text("{}")
-        (directory / "model.safetensors").write_bytes(b"weights")
-
-    monkeypatch.setenv("NC_PATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(smollm2, "_packaged_gguf", lambda: (gguf, "1.0"))
-    monkeypatch.setattr(smollm2, "convert_gguf", convert)
-    return conversions
-
-
-def test_the_model_is_converted_once(packaged):
-    directory = smollm2.smollm2_directory()
-    assert smollm2.smollm2_directory() == directory
-    assert (directory / "model.safetensors").read_bytes() == b"weights"
-    assert len(packaged) == 1
 
 
 def test_paths_are_told_from_hub_names(tmp_path):
@@ -88,11 +63,13 @@ def test_the_fingerprint_is_that_of_the_weights_wherever_they_are_offloaded(tmp_
 
 
 @pytest.mark.slow
-def test_the_converted_model_has_the_bits_of_the_packaged_one():
+def test_the_converted_model_has_the_bits_of_the_packaged_one_and_is_converted_once(monkeypatch):
     pytest.importorskip("gguf", reason="reading the packaged model needs the package gguf")
     try:
         gguf, _ = smollm2._packaged_gguf()
     except EvalError as error:
         pytest.skip(str(error))
     packaged = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    smollm2.smollm2_directory()
+    monkeypatch.setattr(smollm2, "convert_gguf", None)
     assert weights_fingerprint(load_model("smollm2", "float32", "cpu").model) == weights_fingerprint(packaged)
