@@ -86,12 +86,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def subword_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The directory of a tiny model with a tokenizer of subwords, which can read any text."""
+    """The directory of a tiny model of uneven attention with a tokenizer of subwords, which can read any text."""
     from synthetic_tokenizers import tokenizer_of_kind
     from tiny_models import tiny_model
 
     directory, tokenizer = str(tmp_path_factory.mktemp("model")), tokenizer_of_kind("byte_bpe")
-    tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None).save_pretrained(directory)
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 1100, "initializer_range": 0.3}
+    tiny_model("llama", **shape, pad_token_id=None, bos_token_id=None).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -113,13 +114,3 @@ def gpu_that_still_works() -> Iterator[None]:
     yield
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logfinish() -> None:
-    """Ends a process of xdist whose GPU no longer answers: xdist reports it and starts another for the other tests."""
-    if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            os._exit(1)
