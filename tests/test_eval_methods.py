@@ -38,12 +38,6 @@ def test_budgets_are_equal_where_the_way_of_matching_says_so(name, law):
         assert abs(total(name, totals, length) - wanted) <= max(0.5 * length, 2)
 
 
-def test_rounding_never_lifts_the_logarithmic_budget():
-    for equal_at in range(2, 2000):
-        budgets = Budgets(2.0, 0.5, equal_at)
-        assert budget_at("log-topk", budgets, equal_at) == budgets.laws["fixed"][0], equal_at
-
-
 @pytest.mark.parametrize(
     ("name", "selection", "options", "growth"),
     [

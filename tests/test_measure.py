@@ -7,7 +7,7 @@ from attention_cases import random_case
 from operations import problem_of
 
 from nc_patch.calibration.fit import fit_power_laws, theil_sen
-from nc_patch.calibration.measure import SMALLEST_KEYS, Plan, row_curves
+from nc_patch.calibration.measure import row_curves
 from nc_patch.layers import Observed
 from nc_patch.ops import rows as score_rows
 from nc_patch.ops.problem import visible_mask
@@ -49,13 +49,6 @@ def test_rows_equal_the_float64_definition(monkeypatch, seed):
         difference = (expected.output - dense.output)[0][:, rows].double()
         along = (probes.double() * difference).sum(-1).square().sum(0)
         assert torch.allclose(found.error[number].double(), along, atol=1e-4, rtol=1e-3)
-
-
-def test_the_grid_starts_above_the_keys_that_are_always_attended_and_reaches_the_longest():
-    grid = np.array(Plan((4096, 8192), 24, (0.1,)).keys)
-    assert grid[0] == SMALLEST_KEYS > TopK().sink_keys + TopK().recent_keys
-    assert grid[-1] >= 8192 > grid[-2]
-    assert ((grid[1:] / grid[:-1] > 1.3) & (grid[1:] / grid[:-1] < 1.5)).all()
 
 
 # Laws

@@ -17,7 +17,6 @@ from nc_patch.ops.triton.launch import Tiles  # noqa: E402
 from nc_patch.selections import Block, TopK, Window  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
 from nc_patch.selections.block.blocks import stride_by_law  # noqa: E402
-from nc_patch.selections.block.prefill import block_tiles  # noqa: E402
 from nc_patch.selections.topk import threshold as triton_threshold  # noqa: E402
 
 
@@ -90,15 +89,6 @@ def test_chunks_give_every_multiprocessor_work_within_the_memory_allowed(keys):
         assert size <= triton_block.MOST_SCORE_BYTES
         enough = (chunk.last - chunk.first) * 8 >= 4 * 132 or size > triton_block.MOST_SCORE_BYTES // 2
         assert enough or chunk.last == len(widths)
-
-
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_scored_tiles_hold_whole_blocks(architecture):
-    for dtype in (torch.bfloat16, torch.float32):
-        for block_size in (16, 32, 64, 128):
-            for head_dim in (16, 64, 80, 128, 192, 256):
-                tiles = block_tiles(architecture, dtype, head_dim, head_dim, block_size)
-                assert tiles.score.keys % block_size == 0
 
 
 PROMPT = problem_of_case(SHAPES[0].case())
