@@ -58,15 +58,10 @@ def test_losses_of_a_row_are_those_of_the_definition_and_the_library_attends_it_
             assert float(attended.kept_mass) == pytest.approx(mass, abs=1e-5)
 
 
-def test_supports_are_counted_from_the_largest_weight_down() -> None:
-    row = synthetic.Row(np.log([8.0, 4.0, 2.0, 1.0, 1.0]), np.zeros((5, synthetic.CHANNELS)), np.zeros(1))
-    found = synthetic.supports(row, 1.0)  # weights 1/2, 1/4, 1/8, 1/16, 1/16
-    assert found == {"mass 0.95": 5, "entropy": pytest.approx(2**1.875)}
-
-
 def test_measured_exponents_are_those_of_the_theory() -> None:
     found = synthetic.measure([1 << 8, 1 << 12, 1 << 16], 12, equal_at(64, 256), [1 << 12], 64)
     slope = {row["spread"]: row["entropy"][0] for row in found["exponents"]}
+    assert {row["spread"]: row["mass 0.95"][0] for row in found["exponents"]}["sigma=1"] == pytest.approx(1, abs=0.02)
     assert slope["s=0.3"] == pytest.approx(0.91, abs=0.02)
     assert slope["s=0.5"] == pytest.approx(0.75, abs=0.03)
     assert slope["sigma=1"] == pytest.approx(1.0, abs=0.02)
