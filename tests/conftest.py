@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from operations import INTERPRETED, device_of
 
 from nc_patch import config
 from nc_patch.config import DEFAULT_DENSE_BELOW
@@ -47,8 +48,6 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_tiles(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter tiles are small, so that short inputs cross many; anywhere memory is poisoned."""
-    from operations import INTERPRETED  # imports the library, which not all tests need
-
     if INTERPRETED:
         from interpreted import small_sizes
 
@@ -58,8 +57,6 @@ def small_tiles(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def device(small_tiles: None) -> str:
     """Where Triton's kernels run."""
-    from operations import device_of
-
     return device_of("triton")
 
 
@@ -75,11 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests that take ``device`` need a GPU, but in the interpreter; without one, what needs it is skipped."""
-    if "device" in getattr(item, "fixturenames", ()):
-        from operations import INTERPRETED
-
-        if not INTERPRETED:
-            item.add_marker(pytest.mark.gpu)
+    if "device" in getattr(item, "fixturenames", ()) and not INTERPRETED:
+        item.add_marker(pytest.mark.gpu)
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         item.add_marker(pytest.mark.skip(reason="needs a GPU that Triton supports"))
 

@@ -122,23 +122,21 @@ def test_a_profile_needs_neither_scipy_nor_the_harness():
     assert python("-c", NEEDS).strip() == "[]"
 
 
-DENSE = Answer("marigold", 10.0, 0.2, 2.0)
-
-
 @pytest.mark.parametrize(
-    ("sparse", "tokens", "advice"),
+    ("first", "step", "ratio", "tokens", "advice"),
     [
-        (Answer("marigold", 6.0, 0.15, 2.0, (0.2, 0.1)), 6000, "patch_model(model, alpha=12, C=0.5)"),
-        (Answer("rose", 6.0, 0.15, 2.0 + math.log(1.1), (0.2, 0.1)), 6000, "nc-patch demo --alpha 24"),
-        (Answer("marigold", 11.0, 0.3, 2.0, (0.9, 0.8)), 6000, "dense attention"),
-        (Answer("marigold", 10.0, 0.2, 2.0), 900, "a prompt of more than 1,024 tokens"),
+        (0.6, 0.75, 1.0, 6000, "patch_model(model, alpha=12, C=0.5)"),
+        (0.6, 0.75, 1.1, 6000, "nc-patch demo --alpha 24"),
+        (1.1, 1.5, 1.0, 6000, "dense attention"),
+        (1.0, 1.0, 1.0, 900, "a prompt of more than 1,024 tokens"),
     ],
 )
-def test_the_comparison_says_what_to_do(sparse, tokens, advice):
-    time, keys, perplexity, suggestion = comparison(DENSE, sparse, tokens, NCConfig(12.0, 0.5, dense_below=1024))
-    assert f"prompt {sparse.first / 10:.2f}, each further token {sparse.step / 0.2:.2f}" in time
-    assert f"{sparse.shares[0]:.0%} by the prompt, {sparse.shares[1]:.0%} by the answer, at alpha=12, C=0.5" in keys
-    assert f"{math.exp(sparse.nats - 2.0):.3f} times" in perplexity
+def test_the_comparison_says_what_to_do(first, step, ratio, tokens, advice):
+    dense, sparse = Answer("rose", 10.0, 0.2, 2.0), Answer("", 10 * first, step / 5, 2 + math.log(ratio), (0.2, 0.1))
+    time, keys, perplexity, suggestion = comparison(dense, sparse, tokens, NCConfig(12.0, 0.5, dense_below=1024))
+    assert f"prompt {first:.2f}, each further token {step:.2f}" in time
+    assert "20% by the prompt, 10% by the answer, at alpha=12, C=0.5" in keys
+    assert f"{ratio:.3f} times" in perplexity
     assert advice in suggestion
 
 

@@ -5,7 +5,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from tiny_models import FAMILIES, random_ids, tiny_model
-from tiny_sweep import save_tiny_model
+from tiny_sweep import tiny_files
 from transformers import AutoModelForCausalLM
 
 from eval_tasks import models, smollm2
@@ -26,7 +26,7 @@ def test_paths_are_told_from_hub_names(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_loaded_in_its_dtype_with_an_implementation_it_has_and_eager_is_said(tmp_path, family, capsys):
-    directory = str(save_tiny_model(tmp_path, family))
+    _, directory, *_ = tiny_files(tmp_path, family)
     loaded = load_model(directory, "auto", "cpu").model
     implementation = FAMILIES[family][3]
     assert (attention_of(loaded), loaded.training) == (implementation, False)

@@ -41,15 +41,13 @@ def test_many_more_random_calls_equal_the_reference():
 
 
 RACE = """
-import pytest, torch, triton, triton.language as tl
-
-@triton.jit
-def all_write_kernel(x):
-    tl.store(x, tl.program_id(0))
+import pytest, torch
+from test_gpu_semantics import wrong_kernel
 
 @pytest.mark.parametrize("programs", [9, 1])
 def test_of_programs(programs):
-    all_write_kernel[(programs,)](torch.zeros(1, dtype=torch.int32))
+    x = torch.zeros(1, dtype=torch.int32)
+    wrong_kernel[(programs,)](x, x, x, 8, "all write one")
 """
 
 
@@ -58,4 +56,4 @@ def test_as_a_plugin_it_fails_the_test_with_findings(tmp_path):
     said = run_in_the_interpreter("-p", "gpu_semantics", tmp_path / "test_race.py", GPU_SEMANTICS_SEED="5", ends=1)
     for words in ("1 failed, 1 passed", "As on a GPU, with seed 5", "2 launches of 10 programs, seed 5"):
         assert words in said
-    assert re.search(r"^all_write_kernel: test_race.py:6 .*another program \(8 times\)$", said, re.M)
+    assert re.search(r"^wrong_kernel: test_gpu_semantics.py:\d+ .*another program \(8 times\)$", said, re.M)

@@ -27,18 +27,12 @@ def tiny_text(words: int, seed: int = 0) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=words))
 
 
-def save_tiny_model(directory: Path, family: str = "llama") -> Path:
-    """Writes a tiny model and its tokenizer, and returns the directory."""
-    tiny_model(family).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
-
-
 def tiny_files(directory: Path, family: str = "llama") -> list[str]:
     """``--model`` and ``--text``: a tiny model and a text of 2,000 words, made where they are missing."""
     model, text = directory / "model", directory / "text.txt"
     if not model.exists():
-        save_tiny_model(model, family)
+        tiny_model(family).save_pretrained(model)
+        tiny_tokenizer().save_pretrained(model)
         text.write_text(tiny_text(2000), encoding="utf-8")
     return ["--model", str(model), "--text", str(text)]
 
