@@ -1,14 +1,12 @@
 """Models by name, and what is loaded of each."""
 
-from unittest.mock import Mock
-
 import pytest
 import torch
 from tiny_models import FAMILIES, random_ids, tiny_model
 from tiny_sweep import tiny_files
 from transformers import AutoModelForCausalLM
 
-from eval_tasks import models, smollm2
+from eval_tasks import smollm2
 from eval_tasks.errors import EvalError
 from eval_tasks.models import attention_of, find_model, load_model
 from nc_patch.calibration.fingerprint import weights_fingerprint
@@ -34,16 +32,6 @@ def test_every_family_is_loaded_in_its_dtype_with_an_implementation_it_has_and_e
     with torch.inference_mode():
         torch.testing.assert_close(loaded(random_ids(1, 24)).logits, tiny_model(family)(random_ids(1, 24)).logits)
     assert load_model(directory, "bfloat16", "cpu").model.dtype == torch.bfloat16
-
-
-def test_the_revision_reaches_the_hub_whose_refusal_is_kept_with_the_option_that_helps(monkeypatch):
-    said = "a/b contains custom code.\nPlease pass the argument `trust_remote_code=True`"
-    refuse = Mock(side_effect=OSError(said))
-    monkeypatch.setattr(models, "hub_resolves", lambda: True)
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
-    with pytest.raises(EvalError, match=r"Please pass the argument .*if you trust it, add --trust-remote-code"):
-        load_model("a/b", device="cpu", revision="v9")
-    assert refuse.call_args.kwargs == {"revision": "v9", "trust_remote_code": False}
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -14,7 +14,7 @@ from tiny_models import eager_weights, random_ids, tiny_model
 
 from eval_tasks.errors import EvalError
 from eval_tasks.paper import model, synthetic
-from eval_tasks.paper.laws import Law, compare, equal_at, equal_in_mean, estimate
+from eval_tasks.paper.laws import Law, compare, equal_at, equal_in_mean
 from nc_patch import sparse_attention
 
 
@@ -80,11 +80,6 @@ def test_mixed_lengths_are_averaged_and_compared_pair_by_pair() -> None:
     assert (second["loss"], second["difference"], second["mean_budget"]) == (1.5, -1.0, 8.0)
     assert second["by_length"] == [1.0, 2.0]
     assert second["low"] <= -1.0 <= second["high"]
-
-
-def test_estimates_are_student_intervals() -> None:
-    half = stats.t.ppf(0.975, 2) * 1.0 / math.sqrt(3)
-    assert estimate([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0 - half, 2.0 + half))
 
 
 def test_counts_and_losses_of_a_layer_are_those_of_its_exact_weights() -> None:

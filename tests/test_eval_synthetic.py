@@ -63,15 +63,13 @@ def test_every_needle_is_there_once_and_holds_its_answer(name, index):
     assert len(needles) == expected or (name in ("niah_multikey_2", "niah_multikey_3") and len(needles) > 10)
 
 
-def test_a_long_sample_hides_its_passkey_twice_and_nothing_else_than_noise():
+def test_a_long_sample_hides_its_passkey_twice_in_nothing_else_than_noise():
     found = sample("passkey", 131072)
     (key,) = found.answers
-    assert re.fullmatch(r"\d{5}", key)
     rest = found.question.split("\n")[1].replace(f"The pass key is {key}. Remember it. {key} is the pass key.", "")
     for sentence in NOISE:
         rest = rest.replace(sentence, "")
-    assert rest.strip() == ""
-    assert found.prompt.count(key) == 2
+    assert (rest.strip(), found.prompt.count(key), len(key)) == ("", 2, 5)
 
 
 def test_needles_lie_at_every_depth_of_the_grid_once():

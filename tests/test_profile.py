@@ -182,13 +182,6 @@ def test_budgets_sum_to_what_is_asked_at_every_calibrated_length_and_over_all(fr
         assert np.array_equal(by_keys.alpha, shared.alpha)
 
 
-def test_heads_that_are_all_alike_share_a_budget_to_the_key():
-    profile = made_up_profile()
-    error = np.broadcast_to(profile.error[:, :1, :1], profile.error.shape)
-    profile = replace(profile, error=error, sensitivity=np.ones((3, 4)))
-    assert spent(profile.at_budget(keys=20.5, n=1024, over="last"), [1024], "last") * 1024 == pytest.approx(20.5)
-
-
 def test_what_is_dense_counts(dense_with_few_keys):
     profile = made_up_profile()
     for given, below in (({}, 1024), ({"dense_below": 300}, 300), ({"dense_below": 0}, 0)):

@@ -5,16 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_cases import SHAPES, SPOILED, Shape, check
+from attention_cases import SPOILED, Shape, check
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
-from operations import INTERPRETED, problem_of_case  # noqa: E402
+from operations import INTERPRETED  # noqa: E402
 
-from nc_patch.ops.means import page_means, page_starts  # noqa: E402
 from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
 from nc_patch.ops.triton.launch import Tiles  # noqa: E402
-from nc_patch.selections import Block, TopK, Window  # noqa: E402
 from nc_patch.selections.block import prefill as triton_block  # noqa: E402
 from nc_patch.selections.block.blocks import stride_by_law  # noqa: E402
 from nc_patch.selections.topk import threshold as triton_threshold  # noqa: E402
@@ -89,30 +87,3 @@ def test_chunks_give_every_multiprocessor_work_within_the_memory_allowed(keys):
         assert size <= triton_block.MOST_SCORE_BYTES
         enough = (chunk.last - chunk.first) * 8 >= 4 * 132 or size > triton_block.MOST_SCORE_BYTES // 2
         assert enough or chunk.last == len(widths)
-
-
-PROMPT = problem_of_case(SHAPES[0].case())
-STEP = Shape("pages", (), queries=1, keys=200, budget=70).case().problem("pages")
-CODES, SCALES = STEP.key_index
-TAIL = problem_of_case(Shape("means", (), queries=2, keys=40, head_dim=16, value_dim=24).case())
-MEANS = page_means(TAIL.key, TAIL.value, page_starts(TAIL.visible, TAIL.origin, 40))
-OF_KEYS = r"means of keys must be float32 \[1, 1, 3, 16\] on cpu, got float32 \[1, 1, 2, 16\] on cpu"
-
-
-@pytest.mark.parametrize(
-    ("given", "change", "message"),
-    [
-        (PROMPT, {"visible": torch.zeros(1, 20, 2)}, "visible must be int32"),
-        (PROMPT, {"value": torch.zeros(1, 1, 53, 320)}, "at most 256, got 64 and 320"),
-        (STEP, {"key_index": (CODES[..., :32], SCALES)}, "page_codes must be"),
-        (TAIL, {"means": MEANS._replace(key=MEANS.key[:, :, :2])}, OF_KEYS),
-        (TAIL, {"means": MEANS._replace(value=MEANS.value[..., :8])}, "means of values must be float32"),
-    ],
-)
-def test_what_does_not_fit_is_refused(given, change, message):
-    selections = (
-        [TopK()] if given is TAIL else [Block(16)] if given is STEP else [TopK(tail="drop"), Window(), Block(16)]
-    )
-    for chosen in selections:
-        with pytest.raises(ValueError, match=message):
-            chosen.run(given._replace(**change), "triton")
