@@ -52,7 +52,6 @@ def test_the_fingerprint_is_that_of_the_weights_wherever_they_are_offloaded(tmp_
 
 @pytest.mark.slow
 def test_the_converted_model_has_the_bits_of_the_packaged_one_and_is_converted_once(monkeypatch):
-    pytest.importorskip("gguf", reason="reading the packaged model needs the package gguf")
     try:
         gguf, _ = smollm2._packaged_gguf()
     except EvalError as error:

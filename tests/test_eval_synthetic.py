@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from unittest.mock import Mock
 
+import evaluate
 import pytest
 from synthetic_tokenizers import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
 
@@ -136,7 +137,6 @@ def test_another_text_hides_the_facts_unless_it_says_them(tmp_path):
 
 @pytest.mark.parametrize("is_alone", [False, True], ids=["directory", "file alone"])
 def test_string_match_is_rulers_needs_no_network_and_refuses_what_it_cannot_score(is_alone, tmp_path, monkeypatch):
-    evaluate = pytest.importorskip("evaluate", reason="the extra eval is not installed")
     monkeypatch.setattr("socket.getaddrinfo", Mock(side_effect=AssertionError("the network was asked")))
     place = string_match.__path__[0]
     place = shutil.copy(f"{place}/string_match.py", tmp_path) if is_alone else place

@@ -56,7 +56,6 @@ def test_a_profile_is_calibrated_once_and_generates_with_its_budget(run, subword
 
 
 def test_a_lora_adapter_learns_through_sparse_attention(run, subword_model):
-    pytest.importorskip("peft")
     said = run("lora_step.py", "--model", subword_model, "--length", 128, "--steps", 3)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
     norms = [float(norm) for norm in re.findall(r"norm ([\d.]+)", said)]

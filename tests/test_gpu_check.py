@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 from processes import run
 
-pytest.importorskip("triton", reason="the kernels need triton")
-
-
 CHECK = Path(__file__).resolve().parents[1] / "scripts" / "gpu_check.sh"
 PARTS = {"prefill": ["tests", "prefill"], "decode": ["graphs", "decode", "sanitizer"]}
 # Answers the check of the environment, and ends every other command as it is told to.

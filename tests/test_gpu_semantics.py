@@ -5,12 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
-
-triton = pytest.importorskip("triton", reason="the interpreter is Triton's")
-
-import triton.language as tl  # noqa: E402
-from gpu_arithmetic import ULPS  # noqa: E402
-from gpu_semantics import GpuSemantics  # noqa: E402
+import triton
+import triton.language as tl
+from gpu_arithmetic import ULPS
+from gpu_semantics import GpuSemantics
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="test_interpreter.py runs this file")
 

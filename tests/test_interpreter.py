@@ -9,10 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
+import triton
 from processes import python
-
-triton = pytest.importorskip("triton", reason="the interpreter is Triton's")
-
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="starts processes that interpret")
 TESTS = Path(__file__).parent

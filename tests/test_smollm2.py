@@ -18,7 +18,6 @@ from eval_tasks.texts import load_text
 from nc_patch import NCConfig, calibrate, patch_model, patched, unpatch_model
 from nc_patch.config import DEFAULT_ALPHA, DEFAULT_C
 
-pytest.importorskip("gguf", reason="the conversion of SmolLM2 needs the package gguf")
 pytestmark = pytest.mark.slow
 TOPK = {"selection": "topk", "tail": "drop"}
 WINDOW = {"selection": "window", "sink_keys": 4}

@@ -6,16 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_cases import SPOILED, Shape, check
+from operations import INTERPRETED
 
-triton = pytest.importorskip("triton", reason="the kernels need triton")
-
-from operations import INTERPRETED  # noqa: E402
-
-from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
-from nc_patch.ops.triton.launch import Tiles  # noqa: E402
-from nc_patch.selections.block import prefill as triton_block  # noqa: E402
-from nc_patch.selections.block.blocks import stride_by_law  # noqa: E402
-from nc_patch.selections.topk import threshold as triton_threshold  # noqa: E402
+from nc_patch.ops.triton import launch as triton_launch
+from nc_patch.ops.triton.launch import Tiles
+from nc_patch.selections.block import prefill as triton_block
+from nc_patch.selections.block.blocks import stride_by_law
+from nc_patch.selections.topk import threshold as triton_threshold
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="passes are counted in the interpreter")

@@ -7,9 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-
 from lm_eval.tasks import TaskManager
 from lm_eval_case import ROOT, SCORED, TASKS_DIRECTORY
 from processes import python

@@ -5,11 +5,9 @@ from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
-
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
@@ -88,7 +86,6 @@ def test_a_loaded_model_is_patched_too(model_dir):
 
 
 def test_adapters_stay_when_the_model_is_patched(model_dir, tmp_path):
-    peft = pytest.importorskip("peft", reason="the package peft is not installed")
     torch.manual_seed(0)
     settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), settings).save_pretrained(tmp_path)

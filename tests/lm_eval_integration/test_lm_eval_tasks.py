@@ -7,9 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-
 from datasets import Dataset
 from lm_eval_case import POSITIONS, figures, load_task, rows
 from synthetic_tokenizers import tokenizer_of_kind
