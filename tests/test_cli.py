@@ -110,16 +110,10 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeyp
     assert "eval needs matplotlib: pip install -e '.[eval]' in the checkout of nc_patch" in capsys.readouterr().err
 
 
-NEEDS = f"""import sys
-sys.modules["scipy"] = None
-import nc_patch
-nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()
-print([name for name in sys.modules if name.startswith("eval_tasks")])
-"""
-
-
 def test_a_profile_needs_neither_scipy_nor_the_harness():
-    assert python("-c", NEEDS).strip() == "[]"
+    use = f"import nc_patch; nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()"
+    loaded = "print([name for name in sys.modules if name.startswith('eval_tasks')])"
+    assert python("-c", f"import sys; sys.modules['scipy'] = None; {use}; {loaded}").strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -161,9 +161,6 @@ def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_sh
     assert shown["low"].isna().all()
     assert "mean of 4 tasks is 5 points lower (undecided in 4)" in said_of(rows)
     assert set(comparisons(measurements([failed(rows[0]), *rows[1:]]), 0.05)["margin"]) == {0.05}
-    one = [entry for entry in rows if entry["sample"] == 0]
-    assert "mean of 4 tasks is 100 points lower (too few samples in 4)" in said_of(one)
-    assert "Against dense attention at 1,024 tokens" in said_of(rows + answers_of(2048, rights, task="b"))
     for method in ("dense", "nc-topk"):
         two = [entry for entry in rows if entry["method"] != "window"]
         lost = [failed(entry) if (entry["task"], entry["method"]) == ("b", method) else entry for entry in two]

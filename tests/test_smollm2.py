@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from eval_tasks.errors import EvalError
 from eval_tasks.matching import LogConfig
 from eval_tasks.measure import measure
 from eval_tasks.models import load_model
@@ -26,10 +25,7 @@ FLOOR = {"selection": "block", "min_mass": 0.9}
 
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
-    try:
-        return load_model("smollm2", "float32", "cpu")
-    except EvalError as error:
-        pytest.skip(f"SmolLM2 is not here: {error}")
+    return load_model("smollm2", "float32", "cpu")
 
 
 @pytest.fixture(scope="module")

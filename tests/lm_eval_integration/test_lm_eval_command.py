@@ -47,23 +47,18 @@ def test_the_stock_command_and_ours_run_the_tasks_with_no_cache_that_can_be_writ
     assert written["config"].get("nc_config") == settings
 
 
-@pytest.mark.parametrize(
-    ("model_args", "further", "message"),
-    [
-        ("alpha=2,C=2", [], "C must be a number in [0, 1], got 2"),
-        ("alpha=2,C=0.5", ["--output_path", "out"], "--output_path out is a file; give a directory"),
-    ],
-)
-def test_our_command_ends_with_one_line_on_a_bad_argument(
-    model_dir, forwards, tmp_path, monkeypatch, model_args, further, message
-):
+def test_our_command_ends_with_one_line_on_a_bad_argument(model_dir, forwards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("out").write_text("")
     monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)  # which the command replaces
     monkeypatch.setattr(command, "_TaskManager", partial(TaskManager, include_defaults=False))  # thousands of tasks
-    line = ["run", "--model", "nc_hf", "--tasks", "nc_perplexity", "--device", "cpu", *further]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *line, "--model_args", f"pretrained={model_dir},{model_args}"])
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    assert ended.value.code == f"error: {message}"
+    for model_args, further, message in (
+        ("alpha=2,C=2", [], "C must be a number in [0, 1], got 2"),
+        ("alpha=2,C=0.5", ["--output_path", "out"], "--output_path out is a file; give a directory"),
+    ):
+        line = ["run", "--model", "nc_hf", "--tasks", "nc_perplexity", "--device", "cpu", *further]
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *line, "--model_args", f"pretrained={model_dir},{model_args}"])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        assert ended.value.code == f"error: {message}"
     assert not forwards
