@@ -81,8 +81,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def subword_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The directory of a tiny model of uneven attention with a tokenizer of subwords, which can read any text."""
-    from synthetic_tokenizers import tokenizer_of_kind
     from tiny_models import tiny_model
+    from tiny_sweep import tokenizer_of_kind
 
     directory, tokenizer = str(tmp_path_factory.mktemp("model")), tokenizer_of_kind("byte_bpe")
     shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 1100, "initializer_range": 0.3}

@@ -37,7 +37,7 @@ def test_rows_equal_the_float64_definition(monkeypatch, seed):
     full = visible[..., 1] - visible[..., 0]
     rows = full[0].nonzero()[:, 0]
     scoring = {"scale": case.scale, "softcap": case.softcap or None, "sinks": case.sinks}
-    keys, eps = (8, 11, 16, 23, 64, 200), (0.05, 0.3)
+    keys, eps = (measure.SMALLEST_KEYS, 11, 16, 23, 64, 200), (0.05, 0.3)
     g = torch.Generator().manual_seed(seed)
     probes = torch.randn(2, query.shape[1], len(rows), value.shape[-1], generator=g)
     problem_with = lambda budget: problem_of(query, key, value, visible, budget, **scoring)  # noqa: E731

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import evaluate
 import pytest
-from synthetic_tokenizers import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
+from tiny_sweep import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
 
 from eval_tasks.errors import EvalError
 from eval_tasks.metrics import string_match

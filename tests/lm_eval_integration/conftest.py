@@ -5,7 +5,7 @@ import shutil
 import pytest
 import transformers
 from lm_eval_case import LENGTHS, SCORED, manager_of
-from synthetic_tokenizers import CHAT_TEMPLATE
+from tiny_sweep import CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from lm_eval_case import POSITIONS, figures, load_task, rows
-from synthetic_tokenizers import tokenizer_of_kind
+from tiny_sweep import tokenizer_of_kind
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_tasks.synthetic import GENERATORS
