@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from operations import INTERPRETED, device_of
 
 from nc_patch import config
 from nc_patch.config import DEFAULT_DENSE_BELOW
@@ -47,8 +48,6 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_tiles(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter tiles are small, so that short inputs cross many; anywhere memory is poisoned."""
-    from operations import INTERPRETED  # imports the library, which not all tests need
-
     if INTERPRETED:
         from interpreted import small_sizes
 
@@ -58,8 +57,6 @@ def small_tiles(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def device(small_tiles: None) -> str:
     """Where Triton's kernels run."""
-    from operations import device_of
-
     return device_of("triton")
 
 
@@ -75,23 +72,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests that take ``device`` need a GPU, but in the interpreter; without one, what needs it is skipped."""
-    if "device" in getattr(item, "fixturenames", ()):
-        from operations import INTERPRETED
-
-        if not INTERPRETED:
-            item.add_marker(pytest.mark.gpu)
+    if "device" in getattr(item, "fixturenames", ()) and not INTERPRETED:
+        item.add_marker(pytest.mark.gpu)
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         item.add_marker(pytest.mark.skip(reason="needs a GPU that Triton supports"))
 
 
 @pytest.fixture(scope="session")
 def subword_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The directory of a tiny model with a tokenizer of subwords, which can read any text."""
-    from synthetic_tokenizers import tokenizer_of_kind
+    """The directory of a tiny model of uneven attention with a tokenizer of subwords, which can read any text."""
     from tiny_models import tiny_model
+    from tiny_sweep import tokenizer_of_kind
 
     directory, tokenizer = str(tmp_path_factory.mktemp("model")), tokenizer_of_kind("byte_bpe")
-    tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None).save_pretrained(directory)
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 1100, "initializer_range": 0.3}
+    tiny_model("llama", **shape, pad_token_id=None, bos_token_id=None).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -113,13 +108,3 @@ def gpu_that_still_works() -> Iterator[None]:
     yield
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logfinish() -> None:
-    """Ends a process of xdist whose GPU no longer answers: xdist reports it and starts another for the other tests."""
-    if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            os._exit(1)

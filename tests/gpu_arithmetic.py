@@ -1,6 +1,5 @@
 """A GPU's arithmetic for Triton's interpreter: what PTX allows where it differs from numpy."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partialmethod
 from typing import Any
@@ -25,7 +24,7 @@ class ArithmeticBuilder(interpreter.InterpreterBuilder):
     - The larger, and the smaller, of a NaN and a number is the number.
     - Of numbers beyond an integer type the nearest integer is taken, of NaN 0; 8 bits are the lower half of 16.
     - bfloat16 is rounded to nearest, ties to even.
-    - A matrix product is summed in groups, each sum cut toward zero. Other sums are folded in halves (``fold``).
+    - A matrix product is summed in groups, each sum cut toward zero.
     """
 
     def __init__(self, seed: int) -> None:
@@ -122,15 +121,3 @@ class ArithmeticBuilder(interpreter.InterpreterBuilder):
             beyond = np.isfinite(total) & (np.abs(total) > np.abs(exact))
             total = np.where(beyond, np.nextafter(total, np.float32(0)), total)
         return TensorHandle(total, start.dtype.scalar)
-
-
-def fold(plain: Callable[..., Any], reduction: interpreter.ReduceOps, tensors: tuple[tl.tensor, ...]) -> Any:
-    """In place of ``ReduceOps.apply_impl``, which is ``plain``: sums are folded in halves."""
-    data = tensors[0].handle.data
-    if data.dtype.kind != "f" or reduction.combine_fn != tl.standard._sum_combine:
-        return plain(reduction, tensors)  # whose maxima and minima drop NaN
-    axes = tuple(range(data.ndim)) if reduction.axis is None else (reduction.axis,)
-    for axis in axes:
-        while data.shape[axis] > 1:
-            data = np.add(*np.split(data, 2, axis))
-    return reduction.to_tensor(data if reduction.keep_dims else data.squeeze(axes), tensors[0].dtype)

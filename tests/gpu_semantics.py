@@ -32,7 +32,7 @@ import numpy as np
 import pytest
 import torch
 import triton
-from gpu_arithmetic import ArithmeticBuilder, fold
+from gpu_arithmetic import ArithmeticBuilder
 from gpu_memory import ATOMIC, POISON, READ, WRITE, Memory, poisoned
 from triton._C.libtriton.ir import MEM_SEMANTIC
 from triton.runtime import interpreter
@@ -72,7 +72,6 @@ class GpuSemantics(ArithmeticBuilder):
         self._random = random.Random(self.seed)
         replacements: dict[tuple[Any, str], Callable[..., Any]] = {
             (interpreter.GridExecutor, "__call__"): self._launch,
-            (interpreter.ReduceOps, "apply_impl"): fold,
             (interpreter, "_patch_lang"): self._patch_language,
             (torch, "empty"): poisoned,
             (torch, "empty_like"): poisoned,

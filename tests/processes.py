@@ -1,11 +1,11 @@
-"""Runs of ``nc-patch``, and calls, in processes of their own, forked from one server that has imported everything."""
+"""Commands, and calls in processes of their own, forked from one server that has imported everything."""
 
 import multiprocessing.process
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,20 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["eval_tasks.command"])
 
 
-def start_call(
+def run(*command: object, ends: int = 0, cwd: Path | None = None, **environment: str) -> str:
+    """What a command says, on both outputs; fails where its exit status is not ``ends``."""
+    words, said = list(map(str, command)), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(words, cwd=cwd, env=os.environ | environment, timeout=3600, check=False, **said)
+    assert done.returncode == ends, done.stdout[-10_000:]
+    return done.stdout
+
+
+def python(*arguments: object, **options: Any) -> str:
+    """The same of ``python ARGUMENTS``."""
+    return run(sys.executable, *arguments, **options)
+
+
+def start(
     function: Callable[..., None], *arguments: Any, said: Path, **environment: str
 ) -> multiprocessing.process.BaseProcess:
     """Starts ``function(*arguments)``, a function of a module; what it says goes to the file ``said``."""
@@ -27,42 +40,28 @@ def start_call(
     return process
 
 
-def start(arguments: list[str], said: Path, setup: Callable[[], None]) -> multiprocessing.process.BaseProcess:
-    """Starts ``nc-patch ARGUMENTS``; what it says goes to the file ``said``; ``setup`` runs in it first."""
-    return start_call(_run, arguments, setup, said=said)
+def command(arguments: list[str], setup: Callable[[], None] | None = None) -> None:
+    """To be started: ``nc-patch ARGUMENTS``, after ``setup``."""
+    if setup is not None:
+        setup()
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def start_ranks(
-    home: Path, arguments: Sequence[list[str]], setups: Sequence[Callable[[], None] | None] = (None, None)
-) -> list[multiprocessing.process.BaseProcess]:
-    """Starts the processes of one run, each ``nc-patch ARGUMENTS``; what they say goes to ``said0`` and ``said1``."""
-    return call_ranks(home, _run, list(zip(arguments, setups, strict=True)))
-
-
-def call_ranks(
-    home: Path, function: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
-) -> list[multiprocessing.process.BaseProcess]:
-    """The same of calls ``function(*arguments)``, of a function of a module."""
-    shared, ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}, []
+def run_ranks(
+    home: Path, function: Callable[..., None], *arguments: Sequence[Any]
+) -> tuple[list[int | None], list[str]]:
+    """Runs ``function`` with each of ``arguments`` in the processes of one run: exit codes, and what each said."""
+    shared = {"WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+    said, ranks = [home / f"said{rank}" for rank in range(len(arguments))], []
     for rank, own in enumerate(arguments):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(start_call(function, *own, said=home / f"said{rank}", **place, **shared))
-    return ranks
-
-
-def ended(home: Path, ranks: Sequence[multiprocessing.process.BaseProcess]) -> tuple[list[int | None], str, str]:
-    """The exit codes of two processes of ``start_ranks``, and what each of them said."""
+        ranks.append(start(function, *own, said=said[rank], **place, **shared))
     for process in ranks:
         process.join(120)
-    return [process.exitcode for process in ranks], *((home / f"said{rank}").read_text() for rank in (0, 1))
-
-
-def python(*command: object, **options: Any) -> str:
-    """What ``python COMMAND`` says, with options of ``subprocess.run``; fails where that fails."""
-    words = [sys.executable, *map(str, command)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return [process.exitcode for process in ranks], [file.read_text() for file in said]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -78,21 +77,10 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _call(
-    function: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], said: Path
-) -> None:
+def _call(function: Callable[..., None], arguments: Sequence[Any], environment: dict[str, str], said: Path) -> None:
     os.environ.update(environment)
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
     function(*arguments)
-
-
-def _run(arguments: list[str], setup: Callable[[], None] | None) -> None:
-    if setup is not None:
-        setup()
-    code = main(arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

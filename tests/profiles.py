@@ -1,12 +1,10 @@
-"""A made-up profile whose heads need very different numbers of keys, and the measured one of a tiny model."""
+"""A made-up profile of the tiny models' shape, whose heads need very different numbers of keys."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
-from tiny_models import random_ids, tiny_model
 
-from nc_patch import Profile, calibrate
+from nc_patch import Profile
 from nc_patch.calibration.fit import Fit
 from nc_patch.calibration.measure import Plan
 
@@ -45,10 +43,3 @@ def made_up_profile(windows: Sequence[int] = (0, 0, 0), seed: int = 0) -> Profil
         C=np.ones(C.shape),
         aim="dense",
     )
-
-
-@lru_cache(maxsize=1)
-def measured_profile() -> Profile:
-    """The profile of the tiny Llama, of two pieces of random tokens."""
-    text = random_ids(800).tolist()
-    return calibrate(tiny_model("llama"), None, [text], (32, 64, 128, 256), pieces=2, rows=6)

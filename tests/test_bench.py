@@ -8,14 +8,13 @@ from unittest import mock
 import pytest
 import torch
 
-from eval_tasks.bench import command, measure, operator
+from eval_tasks.bench import measure, operator
 from eval_tasks.bench.inputs import GEOMETRIES, Geometry
 from nc_patch.cli import main
 
 CPU = torch.device("cpu")
 operator_attention, prepare = operator.sparse_attention, measure.prepare
 TINY = Geometry(4, 2, 16)
-PHASES = pytest.mark.parametrize("phase", ["decode", "prefill"])
 
 
 @pytest.fixture(autouse=True)
@@ -68,20 +67,6 @@ def test_a_run_writes_every_method_of_every_case_right_and_timed(tmp_path, capsy
     assert sum(line.split()[:1] == ["tiny"] for line in said.splitlines()) == 2 * 2 * 4  # the fastest dense one alone
 
 
-@PHASES
-def test_inputs_are_the_same_for_a_seed_and_others_for_another_and_cold_in_decoding(phase):
-    def draw(seed):
-        settings = operator.Settings(phase, CPU, torch.bfloat16, ["tiny"], [2], [70], ["topk"], 4.0, 0.5, 1, seed=seed)
-        return operator.make_sets(settings, settings.cases()[0])
-
-    sets, (again, *_), (other, *_) = (draw(seed) for seed in (0, 0, 1))
-    assert (len(sets), sets[0].query.shape[2]) == ((2, 1) if phase == "decode" else (1, 70))
-    for name in ("query", "key", "value"):
-        assert torch.equal(getattr(sets[0], name), getattr(again, name))
-        assert not torch.equal(getattr(sets[0], name), getattr(other, name))
-        assert getattr(sets[0], name).isfinite().all()
-
-
 def spoiled(change):
     def attend(*arguments, **options):
         change(output := operator_attention(*arguments, **options))
@@ -127,29 +112,34 @@ def test_a_method_that_fails_or_is_wrong_is_recorded_and_the_others_go_on(
     assert ("sparse attention failed or was wrong in 3 rows" in printed.err) == broken
 
 
-@PHASES
-def test_a_case_without_memory_is_skipped_with_its_message(tmp_path, capsys, monkeypatch, phase):
-    # Between what the two lengths need: bytes of queries, keys, values and outputs over the share that they may take.
-    monkeypatch.setattr(operator, "free_bytes", lambda device: 100 * 2 * (4 + 2) * 16 * 4 / 0.6)
-    assert bench(phase, tmp_path) == 0
-    rows = rows_of(phase, tmp_path)
-    assert [(row["length"], row["status"]) for row in rows if row["kind"] == "case"] == [(200, "out of memory")]
-    assert any(row["length"] == 64 and row["status"] == "ok" for row in rows)
-    assert "GB of queries, keys, values" in capsys.readouterr().out
+def stopped_by(error):
+    """``measure_all`` that ends with an error after the first case."""
 
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), RuntimeError("it is gone")])
-def test_what_was_measured_before_a_stop_is_written_and_reported(tmp_path, capsys, monkeypatch, stop):
     def measure_all(*arguments):
         yield next(measure.measure_all(*arguments))
-        raise stop
+        raise error
 
-    monkeypatch.setattr(command, "measure_all", measure_all)
-    assert bench("decode", tmp_path) == 1
-    assert {row["length"] for row in rows_of("decode", tmp_path)} == {64}
+    return measure_all
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "ends", "statuses", "said"),
+    [
+        ("operator.free_bytes", lambda _: 128_000, 0, ["ok", "out of memory"], "GB of queries, keys, values"),
+        ("command.measure_all", stopped_by(KeyboardInterrupt()), 1, ["ok"], "stopped: KeyboardInterrupt"),
+        ("command.measure_all", stopped_by(RuntimeError("it is gone")), 1, ["ok"], "stopped: RuntimeError: it is gone"),
+    ],
+)
+def test_a_case_that_cannot_be_measured_leaves_what_was_measured_before(
+    tmp_path, capsys, monkeypatch, name, instead, ends, statuses, said
+):
+    monkeypatch.setattr(f"eval_tasks.bench.{name}", instead)
+    assert bench("decode", tmp_path) == ends
+    found = {row["length"]: row["status"] for row in rows_of("decode", tmp_path) if row["kind"] != "dense"}
+    assert found == dict(zip((64, 200), statuses, strict=False))
     printed = capsys.readouterr()
     assert "budget 4 n^0.5" in printed.out
-    assert f"nc-patch bench: stopped: {measure.first_line(stop)}" in printed.err
+    assert said in printed.out + printed.err
 
 
 def test_after_the_deadline_no_case_begins(tmp_path, capsys):

@@ -1,24 +1,67 @@
-"""Calibration of whole models: what it finds, what it leaves as it was, and how it is shared."""
+"""Calibration: rows of attention against float64, whole models that stay as they were, and laws that are found."""
 
 import hashlib
-import itertools
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from attention_cases import random_case
+from operations import problem_of
 from tiny_models import FAMILIES, eager_weights, random_ids, tiny_model
 from tiny_sweep import tiny_text, tiny_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from ways import state_of
 
 from nc_patch import ProfileError, calibrate, nc_stats, patch_model
 from nc_patch.calibration import measure
 from nc_patch.calibration.calibrate import cut_pieces
-from nc_patch.calibration.measure import Plan, measure_piece
+from nc_patch.calibration.fit import fit_power_laws, theil_sen
+from nc_patch.calibration.measure import Plan, measure_piece, row_curves
+from nc_patch.layers import Observed
+from nc_patch.ops import rows as score_rows
+from nc_patch.ops.problem import visible_mask
 from nc_patch.patch import observed
+from nc_patch.selections import TopK
 
 LENGTHS = (32, 64, 128)
 IDS = list(range(1, 97)) * 4
+
+# Rows of attention
+
+
+@pytest.mark.parametrize("seed", [0, 3, 5, 8, 12, 17, 26, 33])
+def test_rows_equal_the_float64_definition(monkeypatch, seed):
+    monkeypatch.setattr(score_rows, "MOST_ROWS", 16)  # so that they are taken in several blocks
+    case = random_case(seed)
+    query, key, value, visible = (tensor[:1] for tensor in (case.query, case.key, case.value, case.visible))
+    full = visible[..., 1] - visible[..., 0]
+    rows = full[0].nonzero()[:, 0]
+    scoring = {"scale": case.scale, "softcap": case.softcap or None, "sinks": case.sinks}
+    keys, eps = (measure.SMALLEST_KEYS, 11, 16, 23, 64, 200), (0.05, 0.3)
+    g = torch.Generator().manual_seed(seed)
+    probes = torch.randn(2, query.shape[1], len(rows), value.shape[-1], generator=g)
+    problem_with = lambda budget: problem_of(query, key, value, visible, budget, **scoring)  # noqa: E731
+    call = Observed(0, problem_with(full[:, None]), torch.zeros(*query.shape[:3], value.shape[-1]))
+    found = row_curves(call, rows, keys, eps, probes)
+    assert torch.equal(found.visible, full[0, rows].long())
+
+    scores = query.double() @ key.double().repeat_interleave(query.shape[1] // key.shape[1], 1).mT * case.scale
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    weights = torch.softmax(scores.masked_fill(~visible_mask(visible, key.shape[2]), -torch.inf), -1)[0][:, rows]
+    mass = weights.sort(-1, descending=True).values.cumsum(-1)
+    for number, share in enumerate(eps):
+        # Within rounding of the threshold either count is right.
+        fewest, most = ((mass < 1 - share + slack).sum(-1) + 1 for slack in (-1e-5, 1e-5))
+        assert ((found.support[number] >= fewest) & (found.support[number] <= most)).all()
+    reference = lambda budget: TopK(tail="drop").reference(problem_with(budget))  # noqa: E731
+    dense = reference(full[:, None])
+    for number, count in enumerate(keys):
+        expected = reference(full.clamp(max=count)[:, None])
+        assert torch.allclose(found.kept[number].double(), expected.kept_mass[0][:, rows], atol=2e-5)
+        difference = (expected.output - dense.output)[0][:, rows].double()
+        along = (probes.double() * difference).sum(-1).square().sum(0)
+        assert torch.allclose(found.error[number].double(), along, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +105,7 @@ def test_the_predicted_loss_is_that_of_the_fisher_information():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_calibrated_and_left_as_it_was(family):
+def test_every_family_is_calibrated_densely_and_left_as_it_was(family):
     model, ids = tiny_model(family), random_ids(1, 60)
     logits = model(ids).logits
     model.train()
@@ -79,51 +122,26 @@ def test_every_family_is_calibrated_and_left_as_it_was(family):
     assert [fit.eps for fit in profile.fits] == [0.02, 0.05, 0.1, 0.2]
     assert (profile.sensitivity >= 0).all()
     assert profile.sensitivity.max() > 0
-
-
-def test_a_patched_model_is_calibrated_densely_and_keeps_its_patch():
-    model = tiny_model("llama")
     patch_model(model, 2.0, 0.0, selection="topk")
-    profile = calibrate(model, None, [IDS], LENGTHS, pieces=2, rows=6)
-    assert profile == calibrate(tiny_model("llama"), None, [IDS], LENGTHS, pieces=2, rows=6)
+    assert calibrate(model, None, [text], LENGTHS, pieces=2, rows=6) == profile
     assert nc_stats(model)["attended_fraction"] is None  # nothing ran under the patch that is back
-    model(random_ids(1, 40))
+    model(ids)
     assert nc_stats(model)["mean_keys"] < 2.1
 
 
-def test_the_model_is_restored_when_the_pass_with_gradients_fails(monkeypatch):
+def test_the_model_is_restored_when_the_pass_with_gradients_fails():
     model = tiny_model("llama")
-    before, real, calls = state_of(model), measure.row_curves, itertools.count(1)
-
-    def fail(*arguments):
-        if next(calls) == 3 * len(LENGTHS) + 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(measure, "row_curves", fail)
+    before, stop = state_of(model), Mock(side_effect=[None, None, None, None, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, None, [random_ids(300).tolist()], LENGTHS, pieces=1, rows=6)
+        measure_piece(model, random_ids(128).tolist(), Plan(LENGTHS, 6, (0.1,)), stop)
     assert state_of(model) == before
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and "expand" not in str(function):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 def test_nothing_of_the_size_of_the_score_matrix_is_made():
     model = tiny_model("llama", max_position_embeddings=2048)
-    with LargestTensor() as largest:
+    with torch.profiler.profile(profile_memory=True) as seen:
         measure_piece(model, random_ids(1024).tolist(), Plan((64, 1024), 4, (0.1,)))
-    assert largest.elements < 1024 * 1024 / 4
+    assert 1024 * 64 < max(event.self_cpu_memory_usage for event in seen.events()) <= 1024 * 1024
 
 
 def test_texts_are_cut_evenly_and_do_not_overlap():
@@ -173,3 +191,45 @@ def test_the_profile_says_what_it_was_made_of():
     assert set(profile.versions) == {"nc_patch", "torch", "transformers", "python"}
     assert profile.aim == "95 % of every head's mass"
     assert profile == calibrate(model, None, [ids], LENGTHS, pieces=2, rows=6)
+
+
+# Laws
+
+LOG_LENGTHS = np.log([256.0, 512.0, 1024.0, 2048.0, 4096.0])[:, None]
+
+
+def counts(C: float, pieces: int, noise: float, between: float, seed: int) -> np.ndarray:
+    """log k ``[P, L, 1, H, R]`` of a law 3 n^C of 40 heads, with noise of rows and of pieces."""
+    generator = np.random.default_rng(seed)
+    of_piece = between * generator.standard_normal((pieces, 1, 1, 40, 1))
+    of_row = noise * generator.standard_normal((pieces, len(LOG_LENGTHS), 1, 40, 16))
+    return np.log(3) + C * LOG_LENGTHS[..., None, None] + of_piece + of_row
+
+
+def test_an_exact_law_is_found_and_a_law_that_bends_has_a_wide_interval():
+    exact, straight = counts(0.6, 3, 0.0, 0.0, 0), counts(0.5, 3, 0.01, 0.0, 0)
+    bent = straight + 0.1 * (LOG_LENGTHS - LOG_LENGTHS.mean())[..., None, None] ** 2
+    fit, narrow, wide = (fit_power_laws(LOG_LENGTHS, log_k, 0.1) for log_k in (exact, straight, bent))
+    for found, expected in ((fit.C, 0.6), (fit.alpha, 3.0), (fit.C_low, 0.6), (fit.C_high, 0.6)):
+        assert found == pytest.approx(expected, rel=1e-9)
+    assert (wide.C_high - wide.C_low).mean() > 3 * (narrow.C_high - narrow.C_low).mean()
+
+
+def test_one_length_that_lies_off_hardly_moves_the_slope_which_stays_within_0_and_1():
+    points = np.log(3) + 0.5 * LOG_LENGTHS[..., None]
+    points[2] += 2.0
+    assert np.ravel(theil_sen(LOG_LENGTHS, points)) == pytest.approx([0.5, np.log(3)], abs=1e-9)
+    outside = (theil_sen(LOG_LENGTHS, slope * LOG_LENGTHS[..., None])[0].item() for slope in (-0.4, 1.3))
+    assert list(outside) == [0.0, 1.0]
+
+
+def test_lengths_that_are_all_the_same_say_nothing_of_the_slope():
+    fit = fit_power_laws(np.full((3, 1), np.log(100.0)), np.full((2, 3, 1, 2, 4), np.log(10.0)), 0.1)
+    assert [np.unique(values).tolist() for values in (fit.C, fit.C_low, fit.C_high)] == [[0], [0], [1]]
+    assert fit.alpha == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("pieces", [3, 6])
+def test_nine_intervals_of_ten_hold_the_exponent(pieces):
+    fits = [fit_power_laws(LOG_LENGTHS, counts(0.5, pieces, 0.4, 0.2, seed), 0.1, seed) for seed in range(6)]
+    assert 0.82 <= np.mean([(fit.C_low <= 0.5) & (fit.C_high >= 0.5) for fit in fits]) <= 1.0

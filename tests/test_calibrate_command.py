@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from processes import ended, start_ranks
+from processes import command, run_ranks
 from profiles import made_up_profile
 from tiny_sweep import sweep_arguments, tiny_files
 
@@ -48,7 +48,7 @@ def test_a_budget_holds_for_rows_that_are_dense_up_to_the_length_that_is_given(h
 
 
 def test_two_processes_find_what_one_does(home, calibrated):
-    codes, said, _ = ended(home, start_ranks(home, [arguments(home, "two")] * 2))
+    codes, said = run_ranks(home, command, *[(arguments(home, "two"),)] * 2)
     assert codes == [0, 0], said
     assert Profile.load(home / "two" / "profile.json") == Profile.load(calibrated)
 
@@ -58,7 +58,7 @@ def _without_curves():
 
 
 def test_when_one_process_fails_the_other_says_so_and_ends(home):
-    codes, *said = ended(home, start_ranks(home, [arguments(home, "failed")] * 2, (None, _without_curves)))
+    codes, said = run_ranks(home, command, *((arguments(home, "failed"), setup) for setup in (None, _without_curves)))
     assert codes == [2, 1], said
     assert "because another process failed: process 1: TypeError" in said[0]
     assert "not callable" in said[1]

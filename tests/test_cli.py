@@ -110,35 +110,27 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(capsys, monkeyp
     assert "eval needs matplotlib: pip install -e '.[eval]' in the checkout of nc_patch" in capsys.readouterr().err
 
 
-NEEDS = f"""import sys
-sys.modules["scipy"] = None
-import nc_patch
-nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()
-print([name for name in sys.modules if name.startswith("eval_tasks")])
-"""
-
-
 def test_a_profile_needs_neither_scipy_nor_the_harness():
-    assert python("-c", NEEDS).strip() == "[]"
-
-
-DENSE = Answer("marigold", 10.0, 0.2, 2.0)
+    use = f"import nc_patch; nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()"
+    loaded = "print([name for name in sys.modules if name.startswith('eval_tasks')])"
+    assert python("-c", f"import sys; sys.modules['scipy'] = None; {use}; {loaded}").strip() == "[]"
 
 
 @pytest.mark.parametrize(
-    ("sparse", "tokens", "advice"),
+    ("first", "step", "ratio", "tokens", "advice"),
     [
-        (Answer("marigold", 6.0, 0.15, 2.0, (0.2, 0.1)), 6000, "patch_model(model, alpha=12, C=0.5)"),
-        (Answer("rose", 6.0, 0.15, 2.0 + math.log(1.1), (0.2, 0.1)), 6000, "nc-patch demo --alpha 24"),
-        (Answer("marigold", 11.0, 0.3, 2.0, (0.9, 0.8)), 6000, "dense attention"),
-        (Answer("marigold", 10.0, 0.2, 2.0), 900, "a prompt of more than 1,024 tokens"),
+        (0.6, 0.75, 1.0, 6000, "patch_model(model, alpha=12, C=0.5)"),
+        (0.6, 0.75, 1.1, 6000, "nc-patch demo --alpha 24"),
+        (1.1, 1.5, 1.0, 6000, "dense attention"),
+        (1.0, 1.0, 1.0, 900, "a prompt of more than 1,024 tokens"),
     ],
 )
-def test_the_comparison_says_what_to_do(sparse, tokens, advice):
-    time, keys, perplexity, suggestion = comparison(DENSE, sparse, tokens, NCConfig(12.0, 0.5, dense_below=1024))
-    assert f"prompt {sparse.first / 10:.2f}, each further token {sparse.step / 0.2:.2f}" in time
-    assert f"{sparse.shares[0]:.0%} by the prompt, {sparse.shares[1]:.0%} by the answer, at alpha=12, C=0.5" in keys
-    assert f"{math.exp(sparse.nats - 2.0):.3f} times" in perplexity
+def test_the_comparison_says_what_to_do(first, step, ratio, tokens, advice):
+    dense, sparse = Answer("rose", 10.0, 0.2, 2.0), Answer("", 10 * first, step / 5, 2 + math.log(ratio), (0.2, 0.1))
+    time, keys, perplexity, suggestion = comparison(dense, sparse, tokens, NCConfig(12.0, 0.5, dense_below=1024))
+    assert f"prompt {first:.2f}, each further token {step:.2f}" in time
+    assert "20% by the prompt, 10% by the answer, at alpha=12, C=0.5" in keys
+    assert f"{ratio:.3f} times" in perplexity
     assert advice in suggestion
 
 

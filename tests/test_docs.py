@@ -1,11 +1,8 @@
-"""The documentation: links that lead somewhere, a table of options that is true, figures from files, code that runs,
-every public name on its page."""
+"""The documentation: links that lead somewhere, a table of options that is true, figures from files, code that runs."""
 
 import dataclasses
-import inspect
 import json
 import re
-from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 
@@ -92,21 +89,3 @@ def test_the_oldest_and_the_newest_supported_minor_version_are_on_record_as_pass
     passed = {".".join(cell[package].split(".")[:2]) for cell in cells if cell["outcome"] == "passed"}
     assert not others
     assert {oldest, f"{major}.{minor - 1}"} <= passed
-
-
-REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-DIRECTIVES = re.findall(r"^::: ([\w.]+)\.(\w+)$", REFERENCE, re.M)
-MODULES = re.findall(r"^## ([\w.]+)$", REFERENCE, re.M)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_every_public_function_and_class_of_a_module_stands_on_the_page(module):
-    loaded = import_module(module)
-    own = [name for name, each in vars(loaded).items() if getattr(each, "__module__", "") == module and name[0] != "_"]
-    public = [getattr(loaded, name) for name in getattr(loaded, "__all__", own)]
-    public = [each for each in public if inspect.isclass(each) or inspect.isfunction(inspect.unwrap(each))]
-    shown = [getattr(import_module(place), name) for place, name in DIRECTIVES]
-    assert public
-    assert [each.__name__ for each in public if each not in shown] == []
-    exported = getattr(loaded, "__all__", [name for _, name in DIRECTIVES])
-    assert {name for place, name in DIRECTIVES if place == module} <= set(exported)

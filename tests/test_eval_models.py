@@ -1,42 +1,15 @@
-"""Models by name, and the cache of the converted one."""
-
-from unittest.mock import Mock
+"""Models by name, and what is loaded of each."""
 
 import pytest
 import torch
 from tiny_models import FAMILIES, random_ids, tiny_model
-from tiny_sweep import save_tiny_model
+from tiny_sweep import tiny_files
 from transformers import AutoModelForCausalLM
 
-from eval_tasks import models, smollm2
+from eval_tasks import smollm2
 from eval_tasks.errors import EvalError
 from eval_tasks.models import attention_of, find_model, load_model
 from nc_patch.calibration.fingerprint import weights_fingerprint
-
-
-@pytest.fixture
-def packaged(tmp_path, monkeypatch):
-    """A pretended package whose file is converted by writing a few bytes; gives the list of conversions."""
-    gguf = tmp_path / "model.gguf"
-    gguf.write_bytes(b"0123456789")
-    conversions = []
-
-    def convert(source, directory):
-        conversions.append(source)
-        (directory / "config.json").write_text("{}")
-        (directory / "model.safetensors").write_bytes(b"weights")
-
-    monkeypatch.setenv("NC_PATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(smollm2, "_packaged_gguf", lambda: (gguf, "1.0"))
-    monkeypatch.setattr(smollm2, "convert_gguf", convert)
-    return conversions
-
-
-def test_the_model_is_converted_once(packaged):
-    directory = smollm2.smollm2_directory()
-    assert smollm2.smollm2_directory() == directory
-    assert (directory / "model.safetensors").read_bytes() == b"weights"
-    assert len(packaged) == 1
 
 
 def test_paths_are_told_from_hub_names(tmp_path):
@@ -51,7 +24,7 @@ def test_paths_are_told_from_hub_names(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_loaded_in_its_dtype_with_an_implementation_it_has_and_eager_is_said(tmp_path, family, capsys):
-    directory = str(save_tiny_model(tmp_path, family))
+    _, directory, *_ = tiny_files(tmp_path, family)
     loaded = load_model(directory, "auto", "cpu").model
     implementation = FAMILIES[family][3]
     assert (attention_of(loaded), loaded.training) == (implementation, False)
@@ -59,16 +32,6 @@ def test_every_family_is_loaded_in_its_dtype_with_an_implementation_it_has_and_e
     with torch.inference_mode():
         torch.testing.assert_close(loaded(random_ids(1, 24)).logits, tiny_model(family)(random_ids(1, 24)).logits)
     assert load_model(directory, "bfloat16", "cpu").model.dtype == torch.bfloat16
-
-
-def test_the_revision_reaches_the_hub_whose_refusal_is_kept_with_the_option_that_helps(monkeypatch):
-    said = "a/b contains custom code.\nPlease pass the argument `trust_remote_code=True`"
-    refuse = Mock(side_effect=OSError(said))
-    monkeypatch.setattr(models, "hub_resolves", lambda: True)
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
-    with pytest.raises(EvalError, match=r"Please pass the argument .*if you trust it, add --trust-remote-code"):
-        load_model("a/b", device="cpu", revision="v9")
-    assert refuse.call_args.kwargs == {"revision": "v9", "trust_remote_code": False}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -88,11 +51,9 @@ def test_the_fingerprint_is_that_of_the_weights_wherever_they_are_offloaded(tmp_
 
 
 @pytest.mark.slow
-def test_the_converted_model_has_the_bits_of_the_packaged_one():
-    pytest.importorskip("gguf", reason="reading the packaged model needs the package gguf")
-    try:
-        gguf, _ = smollm2._packaged_gguf()
-    except EvalError as error:
-        pytest.skip(str(error))
+def test_the_converted_model_has_the_bits_of_the_packaged_one_and_is_converted_once(monkeypatch):
+    gguf, _ = smollm2._packaged_gguf()
     packaged = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    smollm2.smollm2_directory()
+    monkeypatch.setattr(smollm2, "convert_gguf", None)
     assert weights_fingerprint(load_model("smollm2", "float32", "cpu").model) == weights_fingerprint(packaged)

@@ -14,7 +14,7 @@ from tiny_models import eager_weights, random_ids, tiny_model
 
 from eval_tasks.errors import EvalError
 from eval_tasks.paper import model, synthetic
-from eval_tasks.paper.laws import Law, compare, equal_at, equal_in_mean, estimate
+from eval_tasks.paper.laws import Law, compare, equal_at, equal_in_mean
 from nc_patch import sparse_attention
 
 
@@ -25,15 +25,10 @@ def test_the_expected_share_is_the_integral_over_lognormal_weights(sigma: float)
     assert integrate.quad(weight, threshold, threshold + 20 + sigma)[0] == pytest.approx(0.95, abs=1e-8)
 
 
-@pytest.mark.parametrize(("keys", "length"), [(64, 1024), (37, 1000)])
-def test_laws_are_equal_where_they_are_said_to_be(keys: int, length: int) -> None:
-    laws = equal_at(keys, length)
-    assert {law.mean(length) for law in laws} == {keys}
-    assert len({law.mean(64 * length) for law in laws}) == len(laws)
-
-
-def test_laws_of_equal_mean_cost_spend_it_and_no_more() -> None:
-    lengths = [512, 2048, 8192]
+def test_laws_are_equal_where_they_are_said_to_be_and_spend_what_is_said_in_the_mean() -> None:
+    laws, lengths = equal_at(37, 1000), [512, 2048, 8192]
+    assert {law.mean(1000) for law in laws} == {37}
+    assert len({law.mean(64_000) for law in laws}) == len(laws)
     fixed, *growing = (3 * law.mean(lengths) for law in equal_in_mean(100, lengths))
     assert fixed == 300
     assert len(growing) == 10
@@ -43,6 +38,9 @@ def test_laws_of_equal_mean_cost_spend_it_and_no_more() -> None:
 @pytest.mark.parametrize("sigma", [1.7, 4.0])
 def test_losses_of_a_row_are_those_of_the_definition_and_the_library_attends_it_so(sigma: float) -> None:
     row, budgets = synthetic.draw(2048, 3), [0, 1, 17, 17, 300, 2047, 2048]
+    assert (np.diff(row.z) <= 0).all()
+    np.testing.assert_allclose(row.inputs @ row.direction, row.z, atol=1e-12)
+    np.testing.assert_allclose(np.cov(row.inputs.T), np.eye(synthetic.CHANNELS), atol=0.15)
     options = {"sink_keys": 0, "recent_keys": 0, "tail": "drop", "return_stats": True}
     query, key = (torch.from_numpy(x).float().view(1, 1, -1, synthetic.CHANNELS) for x in (row.direction, row.inputs))
     weights = np.exp(sigma * row.z) / np.exp(sigma * row.z).sum()
@@ -60,22 +58,10 @@ def test_losses_of_a_row_are_those_of_the_definition_and_the_library_attends_it_
             assert float(attended.kept_mass) == pytest.approx(mass, abs=1e-5)
 
 
-def test_the_inputs_of_a_row_have_its_scores_and_unit_covariance() -> None:
-    row = synthetic.draw(20_000, 0)
-    assert (np.diff(row.z) <= 0).all()
-    np.testing.assert_allclose(row.inputs @ row.direction, row.z, atol=1e-12)
-    np.testing.assert_allclose(np.cov(row.inputs.T), np.eye(synthetic.CHANNELS), atol=0.05)
-
-
-def test_supports_are_counted_from_the_largest_weight_down() -> None:
-    row = synthetic.Row(np.log([8.0, 4.0, 2.0, 1.0, 1.0]), np.zeros((5, synthetic.CHANNELS)), np.zeros(1))
-    found = synthetic.supports(row, 1.0)  # weights 1/2, 1/4, 1/8, 1/16, 1/16
-    assert found == {"mass 0.95": 5, "entropy": pytest.approx(2**1.875)}
-
-
 def test_measured_exponents_are_those_of_the_theory() -> None:
     found = synthetic.measure([1 << 8, 1 << 12, 1 << 16], 12, equal_at(64, 256), [1 << 12], 64)
     slope = {row["spread"]: row["entropy"][0] for row in found["exponents"]}
+    assert {row["spread"]: row["mass 0.95"][0] for row in found["exponents"]}["sigma=1"] == pytest.approx(1, abs=0.02)
     assert slope["s=0.3"] == pytest.approx(0.91, abs=0.02)
     assert slope["s=0.5"] == pytest.approx(0.75, abs=0.03)
     assert slope["sigma=1"] == pytest.approx(1.0, abs=0.02)
@@ -94,11 +80,6 @@ def test_mixed_lengths_are_averaged_and_compared_pair_by_pair() -> None:
     assert (second["loss"], second["difference"], second["mean_budget"]) == (1.5, -1.0, 8.0)
     assert second["by_length"] == [1.0, 2.0]
     assert second["low"] <= -1.0 <= second["high"]
-
-
-def test_estimates_are_student_intervals() -> None:
-    half = stats.t.ppf(0.975, 2) * 1.0 / math.sqrt(3)
-    assert estimate([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0 - half, 2.0 + half))
 
 
 def test_counts_and_losses_of_a_layer_are_those_of_its_exact_weights() -> None:
@@ -124,13 +105,10 @@ def test_counts_and_losses_of_a_layer_are_those_of_its_exact_weights() -> None:
         assert lost.loc[row].tolist() == pytest.approx([float(x) for x in expected], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [("mistral", "layer 1 has a window"), ("gemma2", "has a soft-cap"), ("gpt_oss", "layer 1 has sinks")],
-)
-def test_what_plain_causal_attention_cannot_stand_for_is_not_captured(family: str, message: str) -> None:
-    with pytest.raises(EvalError, match=message):
-        model.capture(tiny_model(family), random_ids(1, 32), [1])
+def test_what_plain_causal_attention_cannot_stand_for_is_not_captured() -> None:
+    for family, what in {"mistral": "a window", "gemma2": "a soft-cap", "gpt_oss": "sinks"}.items():
+        with pytest.raises(EvalError, match=f"layer 1 has {what}"):
+            model.capture(tiny_model(family), random_ids(1, 32), [1])
 
 
 def test_a_model_is_measured_sample_by_sample() -> None:

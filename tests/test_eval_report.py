@@ -161,9 +161,6 @@ def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_sh
     assert shown["low"].isna().all()
     assert "mean of 4 tasks is 5 points lower (undecided in 4)" in said_of(rows)
     assert set(comparisons(measurements([failed(rows[0]), *rows[1:]]), 0.05)["margin"]) == {0.05}
-    one = [entry for entry in rows if entry["sample"] == 0]
-    assert "mean of 4 tasks is 100 points lower (too few samples in 4)" in said_of(one)
-    assert "Against dense attention at 1,024 tokens" in said_of(rows + answers_of(2048, rights, task="b"))
     for method in ("dense", "nc-topk"):
         two = [entry for entry in rows if entry["method"] != "window"]
         lost = [failed(entry) if (entry["task"], entry["method"]) == ("b", method) else entry for entry in two]
@@ -190,33 +187,26 @@ def test_iso_quality_is_what_an_iso_run_reports_and_unfinished_lengths_take_noth
     assert list(needed_budgets(measurements(rest), 0.05)["keys"]) == pytest.approx(list(found["keys"]))
 
 
-def test_the_first_table_is_of_the_longest_length_at_which_dense_works_and_every_method_has_its_samples():
-    rows = rows_of("recall", 1024, {"dense": 2.0, "nc-topk": 3.0}) + rows_of("recall", 2048, {"dense": 2.0})
-    rows += rows_of("recall", 2048, {"nc-topk": 9.0}, samples=1)
+def test_the_first_table_is_of_the_longest_length_that_can_be_judged_and_caveats_say_what_weakens_it():
+    rows = rows_of("recall", 1024, {"dense": 2.0, "nc-topk": 3.0}, ran_dense={"a mask": 1})
+    rows += rows_of("recall", 2048, {"dense": 2.0}) + rows_of("recall", 2048, {"nc-topk": 9.0}, samples=1)
     rows += rows_of("recall", 4096, {"dense": 30.0, "nc-topk": 33.0}) + rows_of("unseen", 4096, {"dense": 37.0})
-    said = said_of(rows)
-    assert "Against dense attention at 1,024 tokens" in said
-    assert "Dense attention itself fails in recall perplexity at 4,096 tokens: judge no method there." in said
-    # Of the three lengths the last has no verdict, and the second is of one document.
-    assert "With 1 comparisons a difference takes at least 6 documents" in said
-    assert "nothing is compared" in said_of(rows_of("recall", 1024, {"nc-topk": 3.0, "window": 9.0}))
-
-
-def test_caveats_say_what_weakens_a_comparison():
-    rows = rows_of(
-        "recall", 4096, {"dense": 2.0, "nc-topk": 3.0, "streaming": 2.1, "block": 5}, ran_dense={"a mask": 1}
-    )
     here, there = ({"hardware": {"processor": name, "cores": 4, "threads": 2}} for name in ("one", "another"))
     said = said_of([*rows, failed(row("recall", 4096, 0, "window", 2.0))], sessions=[here, there])
     for text in (
-        "13 of 14 measurements are made",
-        "Few samples: 3 documents",
+        "Against dense attention at 1,024 tokens",
+        "Dense attention itself fails in recall perplexity at 4,096 tokens: judge no method there.",
+        # Of the three lengths the last has no verdict, and the second is of one document.
+        "With 1 comparisons a difference takes at least 6 documents",
+        "Few samples: 1 documents",
         "Not measured, out of memory: fixed window in recall perplexity at 4,096 tokens (1 samples)",
         "ran dense: a mask",
         "Parts of this run were measured on different hardware",
     ):
         assert text in said
     assert "times as long" not in said
+    assert "comparisons a difference" not in said_of(rows_of("recall", 512, {"dense": 2, "nc": 3}, 1))
+    assert "nothing is compared" in said_of(rows_of("recall", 1024, {"nc-topk": 3.0, "window": 9.0}))
 
 
 # Opens a page in frames of these widths, and says what sticks out of each or is too small to read, in pixels.
@@ -265,9 +255,14 @@ def test_loss_by_position_is_of_the_samples_that_a_method_shares_with_dense():
         losses = [sample + place / 10 + over * place for place in range(10)]
         return row("perplexity", length, sample, method, 2.0, token_losses=losses)
 
-    rows = [measured(sample, "dense", 0.0) for sample in range(3)] + [measured(2, "nc-topk", 0.5)]
-    [panel] = position_panels(measurements([*rows, measured(0, "dense", 0.0, 1024)]))
+    rows = [
+        *(measured(i, "dense", 0.0) for i in range(3)),
+        measured(2, "nc-topk", 0.5),
+        measured(0, "dense", 0.0, 1024),
+    ]
+    [panel] = position_panels(measurements(rows))
     assert panel.title == "perplexity at 512 tokens"
-    sparse, dense = panel.lines
-    assert (sparse.label, list(sparse.values)) == ("α·n^C top-k", pytest.approx([0.5 * place for place in range(10)]))
-    assert (dense.label, list(dense.values)) == ("dense", [0.0] * 10)
+    assert {line.label: list(line.values) for line in panel.lines} == {
+        "dense": [0.0] * 10,
+        "α·n^C top-k": pytest.approx([0.5 * place for place in range(10)]),
+    }

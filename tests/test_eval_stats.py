@@ -75,12 +75,6 @@ def test_a_mean_loss_at_the_margin_of_0_05_is_rarely_called_non_inferior(test, d
     assert np.mean([test(draw(random, documents), 0.05) <= SIGNIFICANCE for _ in range(1000)]) <= allowed
 
 
-def test_the_margin_of_losses_is_that_of_a_t_test_where_that_is_right():
-    values = np.random.default_rng(0).normal(0.3, 1.0, size=60)
-    expected = stats.ttest_1samp(values, 0.5, alternative="less").pvalue
-    assert mean_within(values, 0.5) == pytest.approx(expected, abs=0.02)
-
-
 def test_the_margin_of_answers_is_that_of_the_binomial_distribution():
     for lost, count in ((0, 10), (0, 59), (1, 93), (3, 40)):
         high = stats.binomtest(lost, count).proportion_ci(0.9, method="exact").high

@@ -1,6 +1,5 @@
 """Sweeps on a tiny model: what is measured, by one process or several, what is refused, and that nothing is lost."""
 
-import json
 import math
 import os
 import random
@@ -13,7 +12,7 @@ import weakref
 import pandas as pd
 import pytest
 import torch
-from processes import ended, lines, python, start, start_ranks, wait_until
+from processes import command, lines, python, run_ranks, start, wait_until
 from tiny_sweep import sweep_arguments, tiny_files, tiny_text
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -44,7 +43,8 @@ def same_table(out, other):
 
 def run_two(home, *outs, setups=(None, None)):
     """Two processes of a tiny sweep, into directories of these names."""
-    return ended(home, start_ranks(home, [sweep_arguments(home, home / out) for out in outs], setups))
+    given = zip((sweep_arguments(home, home / out) for out in outs), setups, strict=True)
+    return run_ranks(home, command, *given)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,16 +69,10 @@ def alone(home):
 
 def test_a_sweep_holds_every_measurement_once_short_lengths_first(alone):
     rows = read_rows(alone)
-    every = {
-        (task, length, i, method)
-        for task in TASKS
-        for length in (48, 96)
-        for i in (0, 1)
-        for method in DEFAULT_METHODS
-        if method == "dense" or not TASKS[task].dense_only
-    }
-    assert {(row["task"], row["length"], row["sample"], row["method"]) for row in rows} == every
-    assert len(rows) == len(every) == (alone / "results.jsonl").read_bytes().count(b"\n")
+    methods = {task: ["dense"] if TASKS[task].dense_only else DEFAULT_METHODS for task in TASKS}
+    every = [(n, task, i, name) for n in (48, 96) for task in TASKS for i in (0, 1) for name in methods[task]]
+    assert sorted((row["length"], row["task"], row["sample"], row["method"]) for row in rows) == sorted(every)
+    assert len(rows) == lines(alone / "results.jsonl")
     assert [row["length"] for row in rows] == sorted(row["length"] for row in rows)
     assert all(row["seconds"] > 0 and math.isfinite(row["loss_sum"]) for row in rows)
 
@@ -124,11 +118,9 @@ def test_a_cell_that_runs_out_of_memory_is_recorded_and_retried_where_that_is_as
     assert main(arguments) == 0
     assert freed == [True, True]
     assert "recall with block at 96 tokens: memory ran out at 96 tokens" in capsys.readouterr().err
-    rows = read_rows(out)
-    assert [(row["method"], row["length"], row["failed"]) for row in rows if "failed" in row] == [
-        ("block", 96, "out of memory")
-    ] * 2
-    assert len(rows) == 8
+    kept = [(row["method"], row["length"], row.get("failed")) for row in read_rows(out)]
+    assert len(kept) == 8
+    assert kept.count(("block", 96, "out of memory")) == sum(failed is not None for *_, failed in kept) == 2
     assert "recall,96,block,0" in (out / "summary.csv").read_text()
     with pytest.raises(RuntimeError, match="shapes do not fit"):  # which no other length would mend
         main([*arguments, "--retry-failed"])
@@ -145,11 +137,10 @@ def test_an_iso_sweep_tries_every_budget_also_of_a_model_without_sdpa(tmp_path, 
     assert main(sweep_arguments(tmp_path, tmp_path / "out", *further)) == 0
     assert "no SDPA attention" in capsys.readouterr().err
     rows, identity = read_rows(tmp_path / "out"), read_run(tmp_path / "out")["identity"]
-    assert {(row["task"], row["length"], row["method"]) for row in rows} == {
-        ("recall", 48, "dense"), ("recall", 48, "fixed-topk@8"), ("recall", 96, "dense"),
-        ("recall", 96, "fixed-topk@8"), ("recall", 96, "fixed-topk@64"), ("unseen", 48, "dense"),
-        ("unseen", 96, "dense"),
-    }  # fmt: skip
+    found = {(row["task"], row["length"], row["method"]) for row in rows}
+    dense = {(task, n, "dense") for task in ("recall", "unseen") for n in (48, 96)}
+    assert found - dense == {("recall", n, f"fixed-topk@{k}") for n, k in ((48, 8), (96, 8), (96, 64))}
+    assert dense < found
     assert {row["tail_mean_keys"] for row in rows if row["method"] == "fixed-topk@8"} == {8.0}
     assert (identity["iso_keys"], identity["attention"]) == ([8, 64], "eager")
 
@@ -165,7 +156,7 @@ def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_tho
     out.mkdir()
     (out / "results.jsonl").write_text("".join(half))
     shutil.copy(alone / "run.json", out)
-    codes, said, other = run_two(home, "two", "two", setups=(None, _other_machine_with_a_stale_file))
+    codes, (said, other) = run_two(home, "two", "two", setups=(None, _other_machine_with_a_stale_file))
     assert codes == [0, 0], said + other
     assert results(out) == results(alone)
     same_table(out, alone)
@@ -173,7 +164,7 @@ def test_two_processes_share_what_the_first_finds_missing_and_their_rows_are_tho
     assert {row["process"] for row in rows[len(half) :]} == {0, 1}
     assert lines(out / "results.jsonl") == len(rows)
     assert ("Report:" in said, "Report:" in other) == (True, False)
-    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    record = read_run(out)
     session = record["sessions"][-1]
     assert session["hardware"] == record["hardware"]
     assert [machine["processor"] for machine in session["other_hardware"]] == ["another"]
@@ -220,7 +211,7 @@ GONE = "another of the 2 processes ended or does not answer"
 def test_where_a_process_ends_or_fails_it_says_so_the_other_stops_and_the_same_command_goes_on(
     home, alone, outs, setups, codes, messages
 ):
-    found, *said = run_two(home, *outs, setups=setups)
+    found, said = run_two(home, *outs, setups=setups)
     assert found == codes, said
     assert all(re.search(message, each) for message, each in zip(messages, said, strict=True)), said
     kept = read_rows(home / outs[0])
@@ -241,7 +232,7 @@ def test_killed_or_interrupted_twenty_times_at_random_nothing_is_lost_and_the_ta
     draw, out, codes, kept = random.Random(7), home / "killed", [], b""
     written = out / "results.jsonl"
     while len(codes) < 20:
-        process = start(sweep_arguments(home, out), home / "said", _interruptible)
+        process = start(command, sweep_arguments(home, out), _interruptible, said=home / "said")
         # Some are killed while the model loads, the rest after a few rows, wherever that is in the code.
         further = max(0, draw.randint(-1, 4))
         more = lines(written) + further

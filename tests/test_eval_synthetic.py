@@ -6,8 +6,9 @@ import shutil
 from collections import Counter
 from unittest.mock import Mock
 
+import evaluate
 import pytest
-from synthetic_tokenizers import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
+from tiny_sweep import CHAT_TEMPLATE, KINDS, tokenizer_of_kind
 
 from eval_tasks.errors import EvalError
 from eval_tasks.metrics import string_match
@@ -63,15 +64,13 @@ def test_every_needle_is_there_once_and_holds_its_answer(name, index):
     assert len(needles) == expected or (name in ("niah_multikey_2", "niah_multikey_3") and len(needles) > 10)
 
 
-def test_a_long_sample_hides_its_passkey_twice_and_nothing_else_than_noise():
+def test_a_long_sample_hides_its_passkey_twice_in_nothing_else_than_noise():
     found = sample("passkey", 131072)
     (key,) = found.answers
-    assert re.fullmatch(r"\d{5}", key)
     rest = found.question.split("\n")[1].replace(f"The pass key is {key}. Remember it. {key} is the pass key.", "")
     for sentence in NOISE:
         rest = rest.replace(sentence, "")
-    assert rest.strip() == ""
-    assert found.prompt.count(key) == 2
+    assert (rest.strip(), found.prompt.count(key), len(key)) == ("", 2, 5)
 
 
 def test_needles_lie_at_every_depth_of_the_grid_once():
@@ -136,34 +135,22 @@ def test_another_text_hides_the_facts_unless_it_says_them(tmp_path):
         sample("niah_single_2", 4096, text=str(tmp_path / "told"))
 
 
-@pytest.fixture(params=["directory", "file alone"])
-def metric(request, tmp_path, monkeypatch):
-    evaluate = pytest.importorskip("evaluate", reason="the extra eval is not installed")
+@pytest.mark.parametrize("is_alone", [False, True], ids=["directory", "file alone"])
+def test_string_match_is_rulers_needs_no_network_and_refuses_what_it_cannot_score(is_alone, tmp_path, monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", Mock(side_effect=AssertionError("the network was asked")))
-    directory = string_match.__path__[0]
-    place = directory if request.param == "directory" else shutil.copy(f"{directory}/string_match.py", tmp_path)
-    return evaluate.load(place, keep_in_memory=True)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "references", "share", "part"),
-    [
+    place = string_match.__path__[0]
+    place = shutil.copy(f"{place}/string_match.py", tmp_path) if is_alone else place
+    metric = evaluate.load(place, keep_in_memory=True)
+    for said, wanted, share, part in (
         ("The numbers are 12, 34 and 56.", ["12", "34", "56"], 1.0, 1.0),
         ("only 34", ["12", "34", "56", "78"], 0.25, 1.0),
         ("", ["12"], 0.0, 0.0),
         ("  ECHO-Lamp\x07", ["echo-lamp"], 1.0, 1.0),
         ("12\x0034", ["1234"], 0.0, 0.0),
-    ],
-)
-def test_string_match_is_rulers(metric, prediction, references, share, part):
-    for match, expected in (("all", share), ("part", part)):
-        found = metric.compute(predictions=[prediction, "x"], references=[references, ["x"]], match=match)
-        assert found == {"string_match": (expected + 1) / 2, "scores": [expected, 1.0]}
-
-
-@pytest.mark.parametrize(
-    ("references", "match", "message"), [([["a"]], "any", "match must be 'all'"), ([[]], "all", "at least one string")]
-)
-def test_string_match_refuses_what_it_cannot_score(metric, references, match, message):
-    with pytest.raises(ValueError, match=message):
-        metric.compute(predictions=["a"], references=references, match=match)
+    ):
+        for match, expected in (("all", share), ("part", part)):
+            found = metric.compute(predictions=[said, "x"], references=[wanted, ["x"]], match=match)
+            assert found == {"string_match": (expected + 1) / 2, "scores": [expected, 1.0]}
+    for wanted, match, message in (("a", "any", "match must be 'all'"), ("", "all", "at least one string")):
+        with pytest.raises(ValueError, match=message):
+            metric.compute(predictions=["a"], references=[list(wanted)], match=match)

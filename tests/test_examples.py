@@ -1,16 +1,17 @@
-"""Every file of ``examples/`` runs, on a tiny model."""
+"""Every file of ``examples/`` runs, on a tiny model, and so does the script behind the figures of prefill."""
 
 import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 
+import measure_prefill
+import processes
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig
@@ -56,7 +57,6 @@ def test_a_profile_is_calibrated_once_and_generates_with_its_budget(run, subword
 
 
 def test_a_lora_adapter_learns_through_sparse_attention(run, subword_model):
-    pytest.importorskip("peft")
     said = run("lora_step.py", "--model", subword_model, "--length", 128, "--steps", 3)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
     norms = [float(norm) for norm in re.findall(r"norm ([\d.]+)", said)]
@@ -75,6 +75,8 @@ def test_the_server_answers_as_generate_does_and_refuses_what_it_cannot_read(sub
     with torch.inference_mode():
         output = loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     room = ContinuousBatchingConfig(num_blocks=8)
+    length = inputs["input_ids"].shape[1]
+    expected = loaded.tokenizer.decode(output[0, length:], skip_special_tokens=True)
     with loaded.model.continuous_batching_context_manager(continuous_batching_config=room) as manager:
         served = example["server"](loaded, manager, 0)
         thread = threading.Thread(target=served.serve_forever, daemon=True)
@@ -87,20 +89,15 @@ def test_the_server_answers_as_generate_does_and_refuses_what_it_cannot_read(sub
             return answer.status, json.load(answer)
 
         try:
-            body = json.dumps({"prompt": prompt, "max_tokens": 8}).encode()
             with ThreadPoolExecutor(3) as users:
-                answers = list(users.map(ask, [body] * 3))
-            length = inputs["input_ids"].shape[1]
-            expected = loaded.tokenizer.decode(output[0, length:], skip_special_tokens=True)
+                answers = list(users.map(ask, [json.dumps({"prompt": prompt, "max_tokens": 8}).encode()] * 3))
             for status, answer in answers:
-                assert status == 200
-                assert answer["choices"][0]["text"] == expected
-                assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (length, 8)
-                assert answer["usage"]["seconds"] > 0
+                assert (status, answer["choices"][0]["text"]) == (200, expected)
+                assert answer["usage"].pop("seconds") > 0
+                assert answer["usage"] == {"prompt_tokens": length, "completion_tokens": 8}
             for body in (b"{}", b"[]", b'{"prompt": 3}', b'{"prompt": ""}', b"no JSON"):
                 status, refusal = ask(body)
-                assert status == 400
-                assert refusal["error"]
+                assert (status, list(refusal)) == (400, ["error"])
         finally:
             served.shutdown()
             served.server_close()
@@ -126,18 +123,33 @@ def test_the_notebook_runs_from_top_to_bottom(subword_model, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("name", "further", "written"),
     [
-        ("lm_eval.sh", ("nc_perplexity",), "**/results_*.json"),
-        ("accelerate_sweep.sh", ("--lengths", "96", "--scored", "16", "--passage", "12"), "report.html"),
+        ("lm_eval.sh", ["nc_perplexity"], "**/results_*.json"),
+        ("accelerate_sweep.sh", ["--lengths", "96", "--scored", "16", "--passage", "12"], "report.html"),
     ],
 )
 def test_scripts_run_from_end_to_end(subword_model, tmp_path, name, further, written):
-    path, python_path = os.environ["PATH"], os.environ.get("PYTHONPATH", "")
-    environment = os.environ | {
-        "OUTPUT": str(tmp_path / "out"), "METADATA": '{"lengths": [300, 400]}',
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{path}",
-        "PYTHONPATH": f"{EXAMPLES.parent}{os.pathsep}{python_path}",
-    }  # fmt: skip
-    command = ["bash", EXAMPLES / name, subword_model, *further]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ahead = {"PATH": Path(sys.executable).parent, "PYTHONPATH": EXAMPLES.parent}
+    environment = {name: f"{first}{os.pathsep}{os.environ.get(name, '')}" for name, first in ahead.items()}
+    environment |= {"OUTPUT": "out", "METADATA": '{"lengths": [300, 400]}'}
+    processes.run("bash", EXAMPLES / name, subword_model, *further, cwd=tmp_path, **environment)
     assert list((tmp_path / "out").glob(written))
+
+
+def test_prefill_is_compared_with_dense_on_the_same_tokens_and_rows_are_kept(tmp_path, subword_model):
+    out, text = tmp_path / "prefill.json", tmp_path / "text.txt"
+    text.write_text("".join(f"{number * number} sheep. " for number in range(400)))
+    arguments = ["--model", subword_model, "--texts", str(text), "--lengths", "1100", "--tasks", "perplexity"]
+    arguments += ["--stretches", "1", "--out", str(out)]
+    measure_prefill.main([*arguments, "--settings", "dense"])
+    (dense,) = json.loads(out.read_text())["rows"]
+    measure_prefill.main([*arguments, "--settings", "dense", "dense_below 0", "window"])
+    record = json.loads(out.read_text())
+    assert record["rows"][0] == dense
+    assert [row["settings"] for row in record["rows"]] == ["dense", "dense_below 0", "window"]
+    assert dense["attended"] == 1 > record["rows"][1]["attended"]
+    assert record["command"].startswith("python scripts/")
+    assert {"commit", "versions", "hardware", "texts"} <= record.keys()
+    # A stretch begins with the passage that recall scores at its end.
+    ids, scored = measure_prefill.sample_of(torch.arange(600), "recall")
+    assert scored == 256
+    assert torch.equal(ids[0], torch.cat([torch.arange(344), torch.arange(256)]))

@@ -1,19 +1,15 @@
 """``scripts/gpu_check.sh`` on a GPU that is not there, and with stand-ins for Python and the memory checker."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from processes import run
 
-pytest.importorskip("triton", reason="the kernels need triton")
-
-
-TESTS = Path(__file__).resolve().parent
+CHECK = Path(__file__).resolve().parents[1] / "scripts" / "gpu_check.sh"
 PARTS = {"prefill": ["tests", "prefill"], "decode": ["graphs", "decode", "sanitizer"]}
 # Answers the check of the environment, and ends every other command as it is told to.
 STAND_IN = """#!/bin/bash
@@ -27,18 +23,10 @@ esac
 SANITIZER = '#!/bin/bash\necho "========= ERROR SUMMARY: 3 errors"; exit "${SANITIZER_ENDS:-0}"\n'
 
 
-def run(*arguments, **environment):
-    """The check's result; its standard output and error together."""
-    environment = {**os.environ, "PYTHON": sys.executable, **environment}
-    command = ["bash", TESTS.parent / "scripts" / "gpu_check.sh", *arguments]
-    return subprocess.run(command, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True, timeout=600)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_a_dry_run_compiles_every_launch_and_benches_on_the_cpu_with_few_packages(part, tmp_path):
-    done = run("--dry-run", part, tmp_path)
-    assert done.returncode == 0, done.stdout
+    run("bash", CHECK, "--dry-run", part, tmp_path, PYTHON=sys.executable)
     summary = (tmp_path / f"gpu_check_{part}.txt").read_text()
     assert [line.split()[:2] for line in summary.splitlines()] == [[step, "dry"] for step in PARTS[part]]
     with tarfile.open(tmp_path / f"gpu_check_{part}.tar.gz") as packed:
@@ -67,8 +55,8 @@ def test_how_a_step_ends_is_said_and_the_others_still_run(tmp_path, part, ends, 
     for name, text in (("python", STAND_IN), ("compute-sanitizer", SANITIZER)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    done = run(part, tmp_path / "out", PYTHON="python", PATH=f"{tmp_path}:/usr/bin:/bin", **ends)
-    assert done.returncode == status
+    there = {"PYTHON": "python", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    run("bash", CHECK, part, tmp_path / "out", ends=status, **there, **ends)
     text = (tmp_path / "out" / f"gpu_check_{part}.txt").read_text()
     assert line in re.sub(r" +(\d+ s)?  +| +", " ", text)
     assert len(text.splitlines()) == len(PARTS[part])

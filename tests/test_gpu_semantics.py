@@ -5,12 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
-
-triton = pytest.importorskip("triton", reason="the interpreter is Triton's")
-
-import triton.language as tl  # noqa: E402
-from gpu_arithmetic import ULPS  # noqa: E402
-from gpu_semantics import GpuSemantics  # noqa: E402
+import triton
+import triton.language as tl
+from gpu_arithmetic import ULPS
+from gpu_semantics import GpuSemantics
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="test_interpreter.py runs this file")
 
@@ -84,17 +82,6 @@ def test_what_is_wrong_is_found(does, finds):
         assert (gpu.launches, gpu.programs) == (1, 5)
 
 
-def test_programs_run_in_an_order_of_the_seed():
-    last = []
-    for seed in (0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5):
-        x = torch.zeros(5, dtype=torch.int32)
-        with GpuSemantics(seed).active():
-            wrong_kernel[(5,)](x, x, x, 8, "all write one")
-        last.append(int(x[0]))
-    assert last[:6] == last[6:]
-    assert len(set(last)) > 2
-
-
 @triton.jit
 def arithmetic_kernel(x, y, out, N: tl.constexpr, DOES: tl.constexpr):
     i = tl.arange(0, N)
@@ -114,8 +101,6 @@ def arithmetic_kernel(x, y, out, N: tl.constexpr, DOES: tl.constexpr):
             a = a * a + b
         elif DOES == "minus-product":
             a = b - a * a
-        elif DOES == "sum":
-            a = tl.sum(a, axis=0) + tl.zeros_like(a)
         tl.store(out + i, a.to(out.dtype.element_ty))
 
 
@@ -126,17 +111,19 @@ def computed(does: str, x: torch.Tensor, y: torch.Tensor | None = None, dtype=to
     return out
 
 
-@pytest.mark.parametrize("name", ["divide", "exp2"])
-def test_division_and_powers_are_off_by_two_units_at_most(name):
+def test_division_powers_and_matrix_products_are_off_as_far_as_a_gpus_are():
     x = torch.rand(1024) * 6 + 2
-    exact = torch.exp2(x.double()) if name == "exp2" else x.double() / 3
-    results = [computed(name, x, seed=seed) for seed in (1, 1, 2)]
-    unit = torch.from_numpy(np.spacing(exact.float().numpy())).double()
-    for out in results:
-        assert 1 < ((out.double() - exact).abs() / unit).max() <= ULPS
-        assert (out != exact.float()).double().mean() > 0.4
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
+    for name, exact in (("divide", x.double() / 3), ("exp2", torch.exp2(x.double()))):
+        one, again, other = (computed(name, x, seed=seed) for seed in (1, 1, 2))
+        unit = torch.from_numpy(np.spacing(exact.float().numpy())).double()
+        assert 1 < ((one.double() - exact).abs() / unit).max() <= ULPS
+        assert torch.equal(one, again)
+        assert not torch.equal(one, other)
+    left, right = torch.rand(16, 64), torch.rand(64, 16)
+    exact = left.double() @ right.double()
+    for sign in (1, -1):  # cut toward zero
+        found = sign * computed("dot", sign * left.flatten(), right.flatten())[:256].view(16, 16).double()
+        assert 0 < ((exact - found) / exact).min() < ((exact - found) / exact).max() < 4 * 2.0**-23
 
 
 LOW, HIGH, NAN, INF = -(2**31), 2**31 - 1, torch.nan, torch.inf
@@ -153,7 +140,6 @@ WIDE, ODD = [3e9, -3e9, NAN, -INF, -2.9, 200.7, 40000.0, -200.0], 1 + 2.0**-12  
         ("cast", [1 + 1 / 256, 1 + 3 / 256, -INF, 3.4e38], None, torch.bfloat16, [1, 1 + 4 / 256, -INF, INF]),
         ("product-plus", [ODD] * 4, [-1 - 2.0**-11] * 4, torch.float32, [2.0**-24] * 3),
         ("minus-product", [ODD] * 4, [1 + 2.0**-11] * 4, torch.float32, [-(2.0**-24)] * 3),
-        ("sum", [1e8, 1.0, -1e8, 1.0], None, torch.float32, [2] * 4),  # in halves; one after the other gives 1
     ],
 )
 def test_numbers_are_those_of_ptx(does, x, y, dtype, expected):
@@ -161,14 +147,3 @@ def test_numbers_are_those_of_ptx(does, x, y, dtype, expected):
     assert found[: len(expected)].tolist() == expected
     if does == "product-plus":
         assert found[3].isnan()  # what a mask leaves out is no zero
-
-
-def test_matrix_products_are_cut_toward_zero():
-    x, y = torch.rand(16, 64), torch.rand(64, 16)
-    exact = x.double() @ y.double()
-    for sign in (1, -1):
-        out = sign * computed("dot", sign * x.flatten(), y.flatten())[:256].view(16, 16).double()
-        lost = (exact - out) / exact
-        assert (lost > 0).all()
-        assert lost.max() < 4 * 2.0**-23
-        assert (out != exact.float()).double().mean() > 0.5

@@ -47,9 +47,6 @@ KEY = torch.randn(1, 2, 50, 16)
 def test_what_no_index_can_be_built_from_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         KeyIndex.build(**{"key": KEY, "kind": "codes"} | changes)
-
-
-def test_keys_that_an_index_cannot_take_in_are_refused():
     index, end = KeyIndex.build(KEY, "means", value=KEY), torch.tensor([50])
     for keys, count in ((KEY.half(), 1), (KEY[:, :1], 1), (KEY, 51), (KEY, -1)):
         with pytest.raises(match=rf"takes in keys like those .*float32, with at least the {count} new"):

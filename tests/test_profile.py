@@ -1,11 +1,9 @@
 """Profiles: the same after a round trip, applied to a model, refused where damaged; and budgets that are shared."""
 
 import copy
-import functools
 import itertools
 import json
 import logging
-import operator
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -13,15 +11,16 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from profiles import LENGTHS, made_up_profile, measured_profile
+from profiles import LENGTHS, made_up_profile
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import NCConfig, Profile, ProfileError, is_patched, nc_stats, patch_model, patched, unpatch_model
 from nc_patch.budget import budget_of
+from nc_patch.calibration.fingerprint import weights_fingerprint
 
 
 def test_a_profile_is_the_same_after_a_round_trip(tmp_path):
-    for profile in (measured_profile(), made_up_profile().at_budget(0.5, n=512, dense_layers=(2,))):
+    for profile in (made_up_profile(), made_up_profile().at_budget(0.5, n=512, dense_layers=(2,))):
         profile.save(tmp_path / "profile.json")
         again = Profile.load(tmp_path / "profile.json")
         assert again == copy.deepcopy(profile) == profile
@@ -40,28 +39,22 @@ def test_saving_replaces_the_file_at_once_and_leaves_nothing_else(tmp_path, monk
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"profile.json": before}
 
 
-def test_at_mass_gives_each_head_the_keys_that_keep_it():
-    profile = made_up_profile().at_mass(0.9)
-    needed = made_up_profile().fits[0].alpha / -np.log(0.05) * -np.log(0.1)
+def test_at_mass_gives_each_head_the_keys_that_keep_it_and_beyond_the_lengths_its_law_says_what_is_kept():
+    profile, fit = made_up_profile().at_mass(0.9), made_up_profile().fits[0]
     found = np.minimum(profile.alpha * 512.0**profile.C, 512)
-    expected = np.minimum(needed * 512.0 ** made_up_profile().fits[0].C, 512)
+    expected = np.minimum(fit.alpha / -np.log(0.05) * -np.log(0.1) * 512.0**fit.C, 512)
     # The curves are interpolated between numbers of keys that lie a factor of sqrt(2) apart, from 8 keys on.
     apart = (expected > 12) & (expected < 300)
     assert found[apart] == pytest.approx(expected[apart], rel=0.15)
     kept, low, high = profile.kept_mass(512)
     assert kept[apart] == pytest.approx(0.9, abs=0.03)
     assert ((low <= kept) & (kept <= high)).all()
+    near, far = profile.kept_mass(LENGTHS[-1]), profile.kept_mass(4 * LENGTHS[-1])
+    inside = fit.support[-1] < 0.8 * LENGTHS[-1]
+    assert far[0][inside] == pytest.approx(0.9, abs=0.05)
+    assert (far[2] - far[1])[inside].mean() > (near[2] - near[1])[inside].mean()
     with pytest.raises(ProfileError, match="mass must be a number"):
         profile.at_mass(1.5)
-
-
-def test_kept_mass_is_extrapolated_along_each_heads_law():
-    profile = made_up_profile().at_mass(0.9)
-    kept, low, high = profile.kept_mass(4 * LENGTHS[-1])
-    inside = profile.fits[0].support[-1] < 0.8 * LENGTHS[-1]
-    assert kept[inside] == pytest.approx(0.9, abs=0.05)
-    near = profile.kept_mass(LENGTHS[-1])
-    assert (high - low)[inside].mean() > (near[2] - near[1])[inside].mean()
 
 
 def test_a_head_that_needs_nearly_all_keys_becomes_dense():
@@ -81,7 +74,7 @@ def test_a_head_that_needs_nearly_all_keys_becomes_dense():
 def test_patch_model_takes_a_profile(selection):
     model, ids = tiny_model("llama"), random_ids(1, 200)
     dense = model(ids).logits
-    shared = measured_profile().at_budget(0.4, n=200)
+    shared = made_up_profile().at_budget(0.4, n=200)
     patch_model(model, profile=shared, selection=selection, tail="drop")
     sparse = model(ids).logits
     assert not torch.allclose(sparse, dense)
@@ -98,14 +91,15 @@ def test_patch_model_takes_a_profile(selection):
 
 def test_a_model_of_another_shape_is_refused_and_other_weights_are_warned_of(caplog):
     other, model = tiny_model("llama", num_hidden_layers=2), tiny_model("llama")
+    profile = replace(made_up_profile(), fingerprint=weights_fingerprint(model))
     with pytest.raises(ProfileError, match="is for 3 layers of 4 query heads; LlamaForCausalLM has 2 of 4"):
-        patch_model(other, profile=measured_profile())
+        patch_model(other, profile=profile)
     assert not is_patched(other)
     with caplog.at_level(logging.WARNING, logger="nc_patch"):
-        patch_model(model, profile=measured_profile())
+        patch_model(model, profile=profile)
         assert not caplog.records
         model.lm_head.weight.data[0, 0] += 1
-        patch_model(model, profile=measured_profile())
+        patch_model(model, profile=profile)
     assert "another checkpoint or another dtype" in caplog.text
 
 
@@ -113,35 +107,30 @@ MISSING = object()
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "message"),
+    ("damage", "message"),
     [
         # The whole file.
-        ((), None, "cannot be read: No such file"),
-        ((), "\xff", "cannot be read: 'utf"),
-        ((), "[1, 2]", "this is no profile, or one written by a newer nc_patch"),
+        (None, "cannot be read: No such file"),
+        ("\xff", "cannot be read: 'utf"),
+        ("[1, 2]", "this is no profile, or one written by a newer nc_patch"),
         # A field of it.
-        (("format",), "\u001b[2J", "its format must be a number"),
-        (("format",), 2, "written by a newer nc_patch: its format must be a number from 1 to 1, got 2"),
-        (("kept",), MISSING, "the profile is damaged, calibrate again: KeyError: 'kept'"),
-        (("windows",), [0], r"windows must be finite and of the shape \(3,\), got \[0\]"),
-        (("dense_layers",), [3], "dense_layers must be a list of layers from 0 to 2"),
-        (("C", 0, 0), float("nan"), "C must be finite"),
-        (("fits", 1, "support"), [[1.0], []], "the profile is damaged"),
-        (("kept",), [[[[1.0]]]], "must be finite and of the shape"),
+        ({"format": "\u001b[2J"}, "its format must be a number"),
+        ({"format": 2}, "written by a newer nc_patch: its format must be a number from 1 to 1, got 2"),
+        ({"kept": MISSING}, "the profile is damaged, calibrate again: KeyError: 'kept'"),
+        ({"windows": [0]}, r"windows must be finite and of the shape \(3,\), got \[0\]"),
+        ({"dense_layers": [3]}, "dense_layers must be a list of layers from 0 to 2"),
+        ({"C": [[1.0, 1.0, 1.0, float("nan")]] * 3}, "C must be finite"),
+        ({"fits": [{}]}, "the profile is damaged"),
+        ({"kept": [[[[1.0]]]]}, "must be finite and of the shape"),
     ],
 )
-def test_a_file_that_is_damaged_or_no_profile_is_refused_with_what_is_wrong(tmp_path, place, value, message):
-    path, content = tmp_path / "profile.json", value
-    if place:
-        values = made_up_profile().at_mass(0.9).to_dict()
-        *outer, last = place
-        holder = functools.reduce(operator.getitem, outer, values)
-        holder[last] = value
-        if value is MISSING:
-            del holder[last]
-        content = json.dumps(values)
-    if content is not None:
-        path.write_bytes(content.encode("latin-1"))
+def test_a_file_that_is_damaged_or_no_profile_is_refused_with_what_is_wrong(tmp_path, damage, message):
+    path = tmp_path / "profile.json"
+    if isinstance(damage, dict):
+        values = made_up_profile().to_dict() | damage
+        damage = json.dumps({name: value for name, value in values.items() if value is not MISSING})
+    if damage is not None:
+        path.write_bytes(damage.encode("latin-1"))
     with pytest.raises(ProfileError, match=message) as caught:
         Profile.load(path)
     assert str(caught.value).isprintable()
@@ -191,13 +180,6 @@ def test_budgets_sum_to_what_is_asked_at_every_calibrated_length_and_over_all(fr
         assert np.array_equal(by_keys.alpha, shared.alpha)
 
 
-def test_heads_that_are_all_alike_share_a_budget_to_the_key():
-    profile = made_up_profile()
-    error = np.broadcast_to(profile.error[:, :1, :1], profile.error.shape)
-    profile = replace(profile, error=error, sensitivity=np.ones((3, 4)))
-    assert spent(profile.at_budget(keys=20.5, n=1024, over="last"), [1024], "last") * 1024 == pytest.approx(20.5)
-
-
 def test_what_is_dense_counts(dense_with_few_keys):
     profile = made_up_profile()
     for given, below in (({}, 1024), ({"dense_below": 300}, 300), ({"dense_below": 0}, 0)):
@@ -226,8 +208,6 @@ def test_no_exchange_of_keys_between_heads_loses_less():
         assert len(inner) > 4
         return max(gains) / sum(lost(head, taken[head]) for head in heads)
 
-    demand = profile._demand
-    assert most_gained(demand.at(demand.price_range()[1] / 300)[-1]) < 1e-9
     shared = profile.at_budget(0.1, n=1024, over="last")
     assert most_gained(shared.alpha * 1024.0**shared.C) < 0.01  # power laws run near what is best at each length
     assert most_gained(np.full((3, 4), 102.4)) > 0.05

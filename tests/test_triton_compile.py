@@ -5,13 +5,11 @@ import re
 from collections import Counter
 
 import pytest
-
-triton = pytest.importorskip("triton", reason="the kernels need triton")
-
-import recorded_launches  # noqa: E402
-from recorded_launches import TARGETS, expanded, read_record, recorded, resources_of  # noqa: E402
-from triton._utils import find_paths_if  # noqa: E402
-from triton.compiler import ASTSource, code_generator  # noqa: E402
+import recorded_launches
+import triton
+from recorded_launches import TARGETS, expanded, read_record, recorded, resources_of
+from triton._utils import find_paths_if
+from triton.compiler import ASTSource, code_generator
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set")
 

@@ -7,21 +7,18 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import DESCRIBED, SPOILED, Shape, check
+from interpreted import plan_with
+from test_attention import FP32_BF16
 
-triton = pytest.importorskip("triton", reason="the kernels need triton")
-
-from interpreted import plan_with  # noqa: E402
-from test_attention import FP32_BF16  # noqa: E402
-
-from nc_patch.budget import budget_of  # noqa: E402
-from nc_patch.ops.means import PageMeans  # noqa: E402
-from nc_patch.ops.problem import Problem  # noqa: E402
-from nc_patch.ops.triton import decoding  # noqa: E402
-from nc_patch.ops.triton.split import GROUP, MAX_SPLITS, MOST_ARRIVALS  # noqa: E402
-from nc_patch.selections.topk import decode as triton_decode_topk  # noqa: E402
-from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys  # noqa: E402
-from nc_patch.selections.topk.encode import triton_encode_keys_  # noqa: E402
-from nc_patch.selections.topk.plan import plan_for  # noqa: E402
+from nc_patch.budget import budget_of
+from nc_patch.ops.means import PageMeans
+from nc_patch.ops.problem import Problem
+from nc_patch.ops.triton import decoding
+from nc_patch.ops.triton.split import GROUP, MAX_SPLITS, MOST_ARRIVALS
+from nc_patch.selections.topk import decode as triton_decode_topk
+from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
+from nc_patch.selections.topk.encode import triton_encode_keys_
+from nc_patch.selections.topk.plan import plan_for
 
 
 def decode_shape(**more: object) -> Shape:

@@ -6,18 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_cases import SPOILED, Shape, check
+from operations import INTERPRETED
 
-triton = pytest.importorskip("triton", reason="the kernels need triton")
-
-from operations import INTERPRETED  # noqa: E402
-
-from nc_patch.ops.triton import launch as triton_launch  # noqa: E402
-from nc_patch.ops.triton.launch import Tiles  # noqa: E402
-from nc_patch.selections import Block  # noqa: E402
-from nc_patch.selections.block import prefill as triton_block  # noqa: E402
-from nc_patch.selections.block.blocks import stride_by_law  # noqa: E402
-from nc_patch.selections.block.prefill import block_tiles  # noqa: E402
-from nc_patch.selections.topk import threshold as triton_threshold  # noqa: E402
+from nc_patch.ops.triton import launch as triton_launch
+from nc_patch.ops.triton.launch import Tiles
+from nc_patch.selections import Block
+from nc_patch.selections.block import prefill as triton_block
+from nc_patch.selections.block.blocks import stride_by_law
+from nc_patch.selections.topk import threshold as triton_threshold
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="passes are counted in the interpreter")
@@ -89,15 +85,6 @@ def test_chunks_give_every_multiprocessor_work_within_the_memory_allowed(keys):
         assert size <= triton_block.MOST_SCORE_BYTES
         enough = (chunk.last - chunk.first) * 8 >= 4 * 132 or size > triton_block.MOST_SCORE_BYTES // 2
         assert enough or chunk.last == len(widths)
-
-
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_scored_tiles_hold_whole_blocks(architecture):
-    for dtype in (torch.bfloat16, torch.float32):
-        for block_size in (16, 32, 64, 128):
-            for head_dim in (16, 64, 80, 128, 192, 256):
-                tiles = block_tiles(architecture, dtype, head_dim, head_dim, block_size)
-                assert tiles.score.keys % block_size == 0
 
 
 def test_page_statistics_that_do_not_fit_the_keys_are_refused():

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import ways
-from processes import call_ranks, ended
+from processes import run_ranks
 from tiny_models import random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 from ways import EACH_FAMILY, FULL, SMALL, TOPK, assert_close, attended_fraction, full_and_small, generated, small
@@ -79,7 +79,7 @@ def test_a_model_over_two_processes_gives_the_numbers_of_one(tmp_path):
     model.save_pretrained(tmp_path)
     torch.save(ids, tmp_path / "ids.pt")
     outs = [tmp_path / f"rank{rank}.pt" for rank in range(2)]
-    codes, said, _ = ended(tmp_path, call_ranks(tmp_path, run_a_rank, [(str(tmp_path), str(out)) for out in outs]))
+    codes, said = run_ranks(tmp_path, run_a_rank, *((str(tmp_path), str(out)) for out in outs))
     assert codes == [0, 0], said
     for out in outs:
         found = torch.load(out)

@@ -1,21 +1,18 @@
 """A tiny random Llama with its tokenizer, and the tasks run on it."""
 
+import shutil
+
 import pytest
 import transformers
-from lm_eval_case import LENGTHS, POSITIONS, SCORED, manager_of
-from synthetic_tokenizers import CHAT_TEMPLATE, tokenizer_of_kind
-from tiny_models import tiny_model
+from lm_eval_case import LENGTHS, SCORED, manager_of
+from tiny_sweep import CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory):
-    """A Llama of two layers with weights large enough that attention is uneven, and a tokenizer with a template."""
-    directory, tokenizer = tmp_path_factory.mktemp("model"), tokenizer_of_kind("byte_bpe")
-    tokenizer.save_pretrained(directory)
+def model_dir(subword_model, tmp_path_factory):
+    """A tiny Llama whose tokenizer has a chat template."""
+    directory = shutil.copytree(subword_model, tmp_path_factory.mktemp("chat") / "model")
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    shape = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": POSITIONS}
-    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-    tiny_model("llama", **shape, **tokens, initializer_range=0.3).save_pretrained(directory)
     return directory
 
 

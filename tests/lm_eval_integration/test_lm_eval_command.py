@@ -2,28 +2,18 @@
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-
 from lm_eval.tasks import TaskManager
 from lm_eval_case import ROOT, SCORED, TASKS_DIRECTORY
+from processes import python
 
 from eval_tasks.lm_eval import __main__ as command
 from eval_tasks.texts import python_reference
 from nc_patch import NCConfig
-
-
-def run_command(module, *arguments, cwd, **environment):
-    known = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=known | environment, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +35,8 @@ def test_the_stock_command_and_ours_run_the_tasks_with_no_cache_that_can_be_writ
     given = ["--tasks", "nc_perplexity,nc_passkey", "--model_args", f"pretrained={model_dir},dtype=float32{model_args}"]
     home = tmp_path / "home"
     home.write_text("")  # a file where the directory of caches and their locks would be
-    done = run_command(module, "run", *line, *shared, *given, cwd=tmp_path, HF_HOME=str(home))
-    assert done.returncode == 0, done.stderr
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(home)}
+    python("-m", module, "run", *line, *shared, *given, cwd=tmp_path, **environment)
     (file,) = tmp_path.rglob("results_*.json")
     written = json.loads(file.read_text())
     assert set(written["results"]) == {"nc_passkey", "nc_perplexity"}
@@ -57,23 +47,18 @@ def test_the_stock_command_and_ours_run_the_tasks_with_no_cache_that_can_be_writ
     assert written["config"].get("nc_config") == settings
 
 
-@pytest.mark.parametrize(
-    ("model_args", "further", "message"),
-    [
-        ("alpha=2,C=2", [], "C must be a number in [0, 1], got 2"),
-        ("alpha=2,C=0.5", ["--output_path", "out"], "--output_path out is a file; give a directory"),
-    ],
-)
-def test_our_command_ends_with_one_line_on_a_bad_argument(
-    model_dir, forwards, tmp_path, monkeypatch, model_args, further, message
-):
+def test_our_command_ends_with_one_line_on_a_bad_argument(model_dir, forwards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("out").write_text("")
     monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)  # which the command replaces
     monkeypatch.setattr(command, "_TaskManager", partial(TaskManager, include_defaults=False))  # thousands of tasks
-    line = ["run", "--model", "nc_hf", "--tasks", "nc_perplexity", "--device", "cpu", *further]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *line, "--model_args", f"pretrained={model_dir},{model_args}"])
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    assert ended.value.code == f"error: {message}"
+    for model_args, further, message in (
+        ("alpha=2,C=2", [], "C must be a number in [0, 1], got 2"),
+        ("alpha=2,C=0.5", ["--output_path", "out"], "--output_path out is a file; give a directory"),
+    ):
+        line = ["run", "--model", "nc_hf", "--tasks", "nc_perplexity", "--device", "cpu", *further]
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *line, "--model_args", f"pretrained={model_dir},{model_args}"])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        assert ended.value.code == f"error: {message}"
     assert not forwards
