@@ -1,6 +1,5 @@
 """The kernels for CPUs: what is theirs alone, whatever the threads, the processes, and what is installed."""
 
-import os
 import pickle
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def test_products_of_pairs_of_bfloat16_are_exact(by_instruction, monkeypatch):
 
 def test_instructions_are_those_that_numba_may_compile_to():
     program = "from nc_patch.ops.cpu import llvm; print(llvm._WIDE, llvm._PAIRS)"
-    said = python("-c", program, cwd=ROOT, env=os.environ | {"NUMBA_ENABLE_AVX": "0"})
+    said = python("-c", program, cwd=ROOT, NUMBA_ENABLE_AVX="0")
     assert said == "False False\n"
 
 

@@ -137,10 +137,10 @@ print("nothing")
 """
 
 
-def test_nothing_is_unpickled_and_no_network_is_used_on_a_local_model(tmp_path):
+def test_nothing_is_unpickled_and_no_network_is_used_on_a_local_model(tmp_path, monkeypatch):
     tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
     # As a user has it, who has not said that the hub is out of reach.
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        environment.pop(name, None)
-    assert python("-W", "ignore", "-c", AUDITED, tmp_path, env=environment, cwd=tmp_path).endswith("nothing\n")
+        monkeypatch.delenv(name, raising=False)
+    path = os.pathsep.join([str(tests.parent), str(tests)])
+    assert python("-W", "ignore", "-c", AUDITED, tmp_path, cwd=tmp_path, PYTHONPATH=path).endswith("nothing\n")
