@@ -180,6 +180,15 @@ class KeyIndexMixin:
                 setattr(plain, name, held.clone())
         return copy.copy, (plain,)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # What a shallow copy has cloned is taken as it is: the memo would hold it beside a second clone.
+        plain = copy.copy(self)
+        for name in ("keys", "values"):
+            held = plain.__dict__.get(name)
+            if held is not self.__dict__.get(name):
+                memo[id(held)] = held
+        return copy.deepcopy(plain, memo)
+
 
 class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
     """``DynamicLayer`` with a key index, and with room for keys to come, so that a step does not copy all of them."""
