@@ -250,6 +250,15 @@ def test_random_sequences_give_the_same_with_an_index_and_without(family, exampl
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps, **how))
 
 
+def test_an_index_takes_the_bytes_it_promises():
+    key = torch.randn(1, 8, 8192, 128).bfloat16()
+    for kind, share in (("codes", 0.27), ("pages", 1 / 8), ("means", 1 / 16)):
+        assert KeyIndex.build(key, kind, value=key).nbytes() <= share * 2 * key.nbytes + 8  # and the origin
+    grown = KeyIndex.build(key[:, :, :8191], "codes")
+    grown.extend(key, 1, torch.tensor([8192]))
+    assert grown.nbytes() <= 0.27 * 2 * key.nbytes * 8320 / 8192
+
+
 def test_decoding_by_blocks_has_no_gradient_and_says_so():
     model, ids, cache = small(selection="block", block_size=16), random_ids(1, 60), DynamicCache()
     model(ids[:, :-1], past_key_values=cache)
