@@ -24,7 +24,7 @@ def test_of_a_first_page_with_one_visible_key_only_that_counts():
     key[:, :, 200:216] += 0.02
     query, visible = torch.full((1, 1, 1, 16), 40.0), torch.tensor([[[15, 320]]], dtype=torch.int32)
     index = KeyIndex.build(key, "pages", block_size=16)
-    options = {"alpha": 2.2, "selection": "block", "visible": visible, "index": index, "return_stats": True}
+    options = {"alpha": 2.2, "C": 0.5, "selection": "block", "visible": visible, "index": index, "return_stats": True}
     found, expected = (sparse_attention(query, key, key, **options, backend=name) for name in ("cpu", "torch"))
     torch.testing.assert_close(found.kept_mass, expected.kept_mass)
 
