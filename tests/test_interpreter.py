@@ -17,12 +17,12 @@ TESTS = Path(__file__).parent
 FILES = ("gpu_semantics", "attention", "paged", "triton_decode_topk", "triton_kernels")
 
 
-def run_in_the_interpreter(*arguments: object, **environment: str) -> str:
+def run_in_the_interpreter(*arguments: object, **settings: str) -> str:
     """What pytest says in a process of its own."""
     # One thread: the interpreter's tiles are too small to share.
-    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     settings["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, cwd=TESTS.parent, **settings, **environment)
+    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, cwd=TESTS.parent, **settings)
 
 
 @pytest.mark.parametrize("seed", ["0", *(pytest.param(seed, marks=pytest.mark.wide) for seed in "12")])
