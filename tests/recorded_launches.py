@@ -1,6 +1,6 @@
 """Every launch of the library, recorded and compiled for each target without a GPU, and the registers that it needs.
 
-``python tests/recorded_launches.py`` prints them, and exits with 1 if one does not fit. ``--write`` writes them into the
+``python tests/recorded_launches.py`` prints them, and exits with 1 if one does not fit. ``--write`` writes them to the
 record, in which each has a line: ``git diff`` shows what a change costs. ``--match`` and ``--targets`` narrow both. A
 launch is named after its kernel and the first of ``CASES`` that makes it.
 """
