@@ -111,7 +111,6 @@ def test_compiled_steps_share_a_graph_in_which_layers_share_what_is_worked_out_a
     assert len(graphs) == 2 - static  # the first length of a cache that grows is taken for a constant
     assert all(layer.nc_indexes for layer in cache.layers)
     for nodes in graphs:
-        print([n for n in nodes if "nc_patch" in n])
         assert [sum(name in node for node in nodes) for name in ("nc_patch.row_budgets", "nc_patch.decode")] == [1, 2]
 
 
