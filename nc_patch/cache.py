@@ -164,8 +164,10 @@ class KeyIndexMixin:
         getattr(super(), method)(*arguments)
         for index in self.nc_indexes.values():
             change(index)
-        if method != "crop":  # the rows are others now
-            self._nc_begins = None
+        if method != "crop" and self._nc_begins:  # the rows are others now
+            rows, half = arguments[0].tolist(), len(self._nc_begins) // 2
+            begins = tuple(part[row] for part in (self._nc_begins[:half], self._nc_begins[half:]) for row in rows)
+            self._nc_begins = begins if any(begins) else ()
         self.nc_settle()
 
     def __reduce__(self) -> tuple[Any, ...]:
