@@ -98,8 +98,8 @@ def read_rows(directory: Path) -> list[Row]:
         row = _parsed(line, "method")
         if row is not None:
             rows.append(row)
-            measured = {"failed": str} if "failed" in row else {"score": (int, float)} if "score" in row else _OF_TEXT
-            if problem := _problem(row, _CELL | measured):
+            measured = ("failed",) if "failed" in row else ("score",) if "score" in row else _OF_TEXT
+            if problem := _problem(row, (*_CELL, *measured)):
                 what = f"a damaged result: {problem}. Remove that line, or give another directory"
                 raise EvalError(f"line {number} of {path} is {what}")
         elif line and number < len(lines):
@@ -118,9 +118,8 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     path = directory / RUN
     if (content := _content(path)) is None:
         return None
-    run = _parsed(content)
-    problem = "it is no object of JSON" if run is None else _problem(run, _RUN) or _problem(run["identity"], _IDENTITY)
-    if problem is not None:
+    run = _parsed(content) or {}
+    if problem := _problem(run, ("identity", *_RUN)) or _problem(run["identity"], _IDENTITY):
         raise EvalError(f"{path} is damaged: {problem}. Give another directory, or remove this one")
     return run
 
@@ -205,19 +204,23 @@ def _parsed(text: bytes, *names: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and value.keys() >= {*names} else None
 
 
-_CELL: dict[str, Any] = {"task": str, "length": int, "sample": int, "method": str}
-_OF_TEXT: dict[str, Any] = dict.fromkeys(("loss_sum", "tokens", "bytes"), (int, float))
-_RUN: dict[str, Any] = dict.fromkeys(("identity", "hardware"), dict) | {"sessions": list, "command": str, "text_origin": str}
-_RUN |= {"model_dtype": str} | dict.fromkeys(("model_parameters", "text_tokens", "planned"), int)
-_IDENTITY: dict[str, Any] = dict.fromkeys(("methods", "tasks", "lengths"), list) | dict.fromkeys(("samples", "equal_at"), int)
-_IDENTITY |= dict.fromkeys(("model", "phase", "match"), str)
+_CELL, _OF_TEXT = tuple(field.name for field in fields(Cell)), ("loss_sum", "tokens", "bytes")
+_IDENTITY = ("model", "phase", "match", "methods", "tasks", "lengths", "samples", "equal_at")
+_RUN = ("command", "text_origin", "model_dtype", "text_tokens", "model_parameters", "planned", "hardware", "sessions")
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("task", "method", "failed", *_IDENTITY[:3], *_RUN[:3]), str),
+    **dict.fromkeys(("length", "sample", *_IDENTITY[6:], *_RUN[3:6]), int),
+    **dict.fromkeys(("score", *_OF_TEXT), (int, float)),
+    **dict.fromkeys(("sessions", *_IDENTITY[3:6]), list),
+    **dict.fromkeys(("hardware", "identity"), dict),
+}
 
 
-def _problem(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> str | None:
-    """Which of the fields that an object needs is missing or of another type, in words; None where all are right."""
-    for name, kind in kinds.items():
+def _problem(values: Mapping[str, Any], required: Iterable[str]) -> str | None:
+    """Which field of those that an object needs is missing or of another type, in words; None where all are right."""
+    for name in required:
         if name not in values:
             return f"{name} is missing"
-        if not isinstance(values[name], kind):
+        if not isinstance(values[name], _KINDS[name]):
             return f"{name} cannot be {ascii(values[name])[:60]}"
     return None
