@@ -214,17 +214,14 @@ def _lead(at: pd.DataFrame, table: Table, what: str) -> str:
     first = usable[usable["task"] == usable["task"].iloc[0]].set_index("method")
     best = next((name for name in (NC, "nc-topk") if name in first.index), first["loss_minus_dense"].idxmin())
     own, title = usable[usable["method"] == best], find_method(best).title
-    said = f"At {own['length'].iloc[0]:,} tokens, {title} attention reads {_percent(own['attended_fraction'].mean())}"
-    said += " of the keys"
-    ratio, is_timed, _ = table.cells.set_index("Method").loc[title, "Time"].partition("×")
-    if is_timed:
-        said += f" and takes {ratio} times as long as dense attention ({what})"
-    results = []
-    for row in own.itertuples():
-        amount = _quality(row).partition("\n")[0]
-        side = {"+": " higher", "−": " lower"}.get(amount[0], "")
-        results.append(f"{title_of(row.task)} is {amount.lstrip('+−')}{side} ({row.verdict})")
-    return f"{said}. Against dense attention, {', '.join(results)}."
+    cells = table.cells.set_index("Method").loc[title]
+    ratio, is_timed, _ = cells["Time"].partition("×")
+    time = f" and takes {ratio} times as long as dense attention ({what})" * bool(is_timed)
+    results = [
+        f"{title_of(row.task)} {_quality(row).partition(chr(10))[0]} ({row.verdict})" for row in own.itertuples()
+    ]
+    said = f"At {own['length'].iloc[0]:,} tokens, {title} attention reads {cells['Keys read']} of the keys{time}."
+    return f"{said} Against dense attention: {', '.join(results)}."
 
 
 def _iso_lead(needed: pd.DataFrame, within: float) -> str:
