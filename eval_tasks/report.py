@@ -6,7 +6,7 @@ What is said first is chosen by the numbers: a sentence, a table, and what to ke
 import base64
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -37,20 +37,6 @@ _FEW = 10
 _NOTHING_COMPARED = (
     "Dense attention was not measured beside a method that could be used on the same samples, so nothing is compared."
 )
-_MEASURED = "Those that begin with “tail” are of the scored positions; losses are in nats per token, memory in MB."
-_TESTS = (
-    "Loss over dense on the same documents (nats per token, or share of answers), p-values corrected over all lines by "
-    "Holm's procedure. p difference: exact McNemar test of answers that are right or wrong, else all flips of the "
-    "signs of documents. p margin, of a loss beyond {percent:g} % of perplexity or points of answers: exact binomial "
-    "test of answers lost (Hoeffding's bound of partial scores), else a t-test corrected for skewness. Detectable: the "
-    "smallest difference that so many documents show in 80 of 100 cases."
-)
-_EFFECTIVE = "The longest context up to which a method stays within the margin of dense, by the means; 0 for none."
-_NEEDED = (
-    "The smallest k within the margin of dense, interpolated between measured budgets; none where the largest is not "
-    "enough. Reached: the share of resamples in which a measured budget is. One key and all keys end the interval of "
-    "budgets known on one side alone, which the law is not fitted to."
-)
 
 
 @dataclass(frozen=True)
@@ -72,8 +58,8 @@ class Report:
     """Everything that is said about what ``summary.merge_runs`` returns, the ``run`` and its rows.
 
     ``table`` is the first one, at the longest length that can be judged (None where nothing is compared); ``details``
-    are the others, each a title, a note and HTML, and ``csv`` those for programs, by file. ``result`` is the main
-    finding and ``caveats`` what to keep in mind, as sentences.
+    are the others, by name, and ``csv`` those for programs, by file. ``result`` is the main finding and ``caveats``
+    what to keep in mind, as sentences.
     """
 
     def __init__(self, run: dict[str, Any], rows: Sequence[Row], within: float) -> None:
@@ -86,23 +72,19 @@ class Report:
         planned, done = run["planned"], len(rows)
         self.progress = f"{done} of {planned} measurements are made; the same command goes on." * (done < planned)
         self.table, self.result = None, _NOTHING_COMPARED
-        self.csv, details = {SUMMARY: measured, COMPARISONS: compared}, [("All that was measured", _MEASURED, measured)]
+        self.csv, self.details = {SUMMARY: measured, COMPARISONS: compared}, {"measured": measured, "tests": compared}
         length = summary.longest_compared(measured, compared)
         if len(self.needed):
             self.table = _needed_main(self.needed)
             self.result = _iso_lead(self.table.cells, within)
-            self.csv[NEEDED] = self.needed
-            details.insert(0, ("Budgets needed, by length", _NEEDED, self.needed))
+            self.csv[NEEDED] = self.details["needed"] = self.needed
         elif length is not None:
             at = self.shown[self.shown["length"] == length]
             cost, what = _costs(at, run)
             self.table = _main_table(at, cost, what)
             self.result = _lead(at, self.table, what)
         if len(compared):
-            lengths = summary.effective_lengths(measured, compared, within)
-            details.append(("Tests against dense", _TESTS.format(percent=100 * within), compared))
-            details.append(("Effective context length", _EFFECTIVE, lengths))
-        self.details = [(title, note, _to_html(frame)) for title, note, frame in details if len(frame)]
+            self.details["effective"] = summary.effective_lengths(measured, compared, within)
 
     def facts(self) -> str:
         """What was measured on what, in a line."""
@@ -113,25 +95,16 @@ class Report:
         sizes = [f"{_span(self.frame['length'])} tokens", f"{_span(samples)} samples each"]
         return " · ".join([model, self.run["text_origin"], *sizes, *_hardware_of(self.run)])
 
-    def panels(self) -> list[figures.Panel]:
-        """The result in plots: quality by length, or the budgets that iso-quality found."""
+    def plots(self) -> dict[str, list[figures.Panel]]:
+        """The plots, by what they are of; the result comes first: quality, or the budgets that iso-quality found."""
+        positions = {"position": figures.position_panels(self.frame)}
         if len(self.needed):
-            return figures.needed_panels(self.needed)
-        return figures.quality_panels(self.shown, self.csv[SUMMARY])
-
-    def plots(self) -> Iterator[tuple[str, list[figures.Figure]]]:
-        """All plots, each caption with what is drawn; the result comes first."""
-        caption = "Quality by context length: perplexity (lower is better), or right answers (higher is better)."
-        needed = "Budgets that the quality of dense attention needs, by context length."
-        drawn = lambda panels: [figures.draw([panel]) for panel in panels]  # noqa: E731
-        yield needed if len(self.needed) else caption, drawn(self.panels())
-        if panels := figures.position_panels(self.frame):
-            caption = "Loss over dense, in nats per token, by position within the scored tokens; above 0 is worse."
-            yield caption, drawn(panels)
-        if not len(self.needed) and len(self.shown):
+            return {"needed": figures.needed_panels(self.needed)} | positions
+        found = {"quality": figures.quality_panels(self.shown, self.csv[SUMMARY])} | positions
+        if len(self.shown):
             own = self.shown[self.shown["task"] == self.shown["task"].iloc[0]]
-            caption = "What each method attended: the realised budget, and its share of all visible keys."
-            yield caption, drawn(figures.budget_panels(own))
+            found["budget"] = figures.budget_panels(own)
+        return found
 
     def record(self) -> dict[str, str]:
         """Tasks, methods, versions, hardware and all settings, name by name."""
@@ -164,10 +137,12 @@ def write_report(directories: Sequence[Path], out: Path | None = None, within: f
     csv = {name: summary.csv_of(table).encode() for name, table in report.csv.items()}
     page = PAGE.render(
         report=report,
+        percent=f"{100 * within:g}",
         files={name: _data("text/csv", content) for name, content in csv.items()},
-        picture=lambda figure: _data("image/svg+xml", figures.to_svg(figure)),
+        picture=lambda panel: _data("image/svg+xml", figures.to_svg(figures.draw([panel]))),
+        table=_to_html,
     )
-    picture = figures.to_png(figures.draw(report.panels()))
+    picture = figures.to_png(figures.draw(next(iter(report.plots().values()))))
     for name, content in {**csv, MAIN_FIGURE: picture, REPORT: page.encode()}.items():
         write_atomically(target / name, content)
     return [*([report.table.title, "", report.table.to_text(), ""] if report.table else []), report.result]
@@ -239,17 +214,14 @@ def _lead(at: pd.DataFrame, table: Table, what: str) -> str:
     first = usable[usable["task"] == usable["task"].iloc[0]].set_index("method")
     best = next((name for name in (NC, "nc-topk") if name in first.index), first["loss_minus_dense"].idxmin())
     own, title = usable[usable["method"] == best], find_method(best).title
-    said = f"At {own['length'].iloc[0]:,} tokens, {title} attention reads {_percent(own['attended_fraction'].mean())}"
-    said += " of the keys"
-    ratio, is_timed, _ = table.cells.set_index("Method").loc[title, "Time"].partition("×")
-    if is_timed:
-        said += f" and takes {ratio} times as long as dense attention ({what})"
-    results = []
-    for row in own.itertuples():
-        amount = _quality(row).partition("\n")[0]
-        side = {"+": " higher", "−": " lower"}.get(amount[0], "")
-        results.append(f"{title_of(row.task)} is {amount.lstrip('+−')}{side} ({row.verdict})")
-    return f"{said}. Against dense attention, {', '.join(results)}."
+    cells = table.cells.set_index("Method").loc[title]
+    ratio, is_timed, _ = cells["Time"].partition("×")
+    time = f" and takes {ratio} times as long as dense attention ({what})" * bool(is_timed)
+    results = [
+        f"{title_of(row.task)} {_quality(row).partition(chr(10))[0]} ({row.verdict})" for row in own.itertuples()
+    ]
+    said = f"At {own['length'].iloc[0]:,} tokens, {title} attention reads {cells['Keys read']} of the keys{time}."
+    return f"{said} Against dense attention: {', '.join(results)}."
 
 
 def _iso_lead(needed: pd.DataFrame, within: float) -> str:

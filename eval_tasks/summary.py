@@ -13,8 +13,7 @@ import pandas as pd
 
 from eval_tasks.errors import EvalError
 from eval_tasks.iso_quality import iso_quality
-from eval_tasks.measure import SPARSE_IN
-from eval_tasks.methods import DENSE, MATCHED_BY, METHODS, PRESS, keys_of, order_of
+from eval_tasks.methods import DENSE, keys_of, order_of
 from eval_tasks.stats import MIN_SAMPLES, compare, corrected
 from eval_tasks.store import Row, differing, each_cell_once, read_rows, read_run
 from eval_tasks.tasks import TASKS
@@ -38,15 +37,14 @@ def merge_runs(directories: Sequence[Path]) -> tuple[dict[str, Any], list[Row]]:
     """Reads runs of the same settings, which may have measured other methods, tasks, lengths and samples.
 
     Returns what ``run.json`` of the first says, with the cells, sessions and ``commands`` of all, and the rows, each
-    cell once. Raises EvalError for a directory that holds no measurement, is damaged, holds what this version does not
-    know, or differs from the first in a setting.
+    cell once. Raises EvalError for a directory that holds no measurement, is damaged, or differs from the first in a
+    setting.
     """
     runs, measured = [], list[Row]()
     for directory in directories:
         run, rows = read_run(directory), read_rows(directory)
         if run is None or not rows:
             raise EvalError(f"{directory} holds no measurements; measure with nc-patch eval --out {directory}")
-        _check_known(directory, run["identity"], rows)
         runs.append(run)
         measured += rows
         first, here = _settings(runs[0]), _settings(run)
@@ -247,11 +245,3 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     identity = {name: value for name, value in run["identity"].items() if name not in _CELLS}
     longest = max(run["identity"]["lengths"], default=0)
     return identity | {"longest": longest, "device": run["hardware"].get("device")}
-
-
-def _check_known(directory: Path, identity: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    methods = {row["method"] for row in rows} | {*identity["methods"]}
-    names = {keys_of(name)[0] for name in methods if not name.startswith(PRESS)}
-    names |= {row["task"] for row in rows if "loss_sum" in row} | {identity["match"], identity["phase"]}
-    if unknown := sorted(names - {*METHODS, *TASKS, *MATCHED_BY, *SPARSE_IN}):
-        raise EvalError(f"{directory} holds results of {ascii(unknown[0])[:60]}, which this version does not know")

@@ -153,18 +153,18 @@ def test_answers_are_compared_as_right_or_wrong_and_of_many_tasks_the_mean_is_sh
     compared = comparisons(measurements(rows), 0.05).set_index("method")
     assert dict(compared["difference"]) == pytest.approx({"window": 0.8, "nc-topk": 0.05})
     assert dict(compared["verdict"]) == {"window": "worse", "nc-topk": "undecided"}
-    assert "niah_single_1 is 5 points lower (undecided)" in said_of(rows)
+    assert "niah_single_1 −5 points (undecided)" in said_of(rows)
     rows += [entry for name in "bcd" for entry in answers_of(1024, rights, task=name)]
     shown = overview(summary_of(rows).reset_index())
     assert set(shown["task"]) == {"mean of 4 tasks"}
     assert list(shown["score"]) == pytest.approx([1.0, 0.2, 0.95])
     assert shown["low"].isna().all()
-    assert "mean of 4 tasks is 5 points lower (undecided in 4)" in said_of(rows)
+    assert "mean of 4 tasks −5 points (undecided in 4)" in said_of(rows)
     assert set(comparisons(measurements([failed(rows[0]), *rows[1:]]), 0.05)["margin"]) == {0.05}
     for method in ("dense", "nc-topk"):
         two = [entry for entry in rows if entry["method"] != "window"]
         lost = [failed(entry) if (entry["task"], entry["method"]) == ("b", method) else entry for entry in two]
-        assert "mean of 4 tasks is" not in said_of(lost)
+        assert "mean of 4 tasks −" not in said_of(lost)
 
 
 def test_iso_quality_is_what_an_iso_run_reports_and_unfinished_lengths_take_nothing_from_others():

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache, partial
-from itertools import cycle, islice, pairwise
+from itertools import cycle, islice
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -136,24 +136,20 @@ class PerplexityByLength(ByLengthTask):
         starts = (len(words) - filled(length + 1) for length in self.layout.lengths)
         return [("".join(words[start:begin]), "".join(words[begin:])) for start in starts]
 
-    def stages(self) -> list[str]:
-        """What the requests of a document are called in the names of metrics."""
-        return [str(length) for length in self.layout.lengths]
-
     def requests(self, doc: Mapping[str, Any], ctx: Any) -> list[tuple[str, str]]:
         return list(zip(doc["contexts"], doc["continuations"], strict=True))
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
         scores = dict[str, Any]()
-        columns = (self.stages(), doc["tokens"], doc["continuations"], results)
-        for stage, tokens, scored, (loglikelihood, _) in zip(*columns, strict=True):
-            scores[f"perplexity_{stage}"] = (loglikelihood, tokens)
-            scores[f"bits_per_byte_{stage}"] = (loglikelihood, len(scored.encode("utf-8")))
+        columns = (self.layout.lengths, doc["tokens"], doc["continuations"], results)
+        for length, tokens, scored, (loglikelihood, _) in zip(*columns, strict=True):
+            scores[f"perplexity_{length}"] = (loglikelihood, tokens)
+            scores[f"bits_per_byte_{length}"] = (loglikelihood, len(scored.encode("utf-8")))
         return scores
 
     def aggregation(self) -> dict[str, Callable[[Sequence[Any]], float]]:
         rules = {"perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}.items()
-        return {f"{name}_{stage}": get_aggregation(rule) for stage in self.stages() for name, rule in rules}
+        return {f"{name}_{length}": get_aggregation(rule) for length in self.layout.lengths for name, rule in rules}
 
     def _stretches(self, text: str) -> list[list[str]]:
         """Stretches of a text that do not overlap, chosen by the seed, as words with the whitespace before each."""
@@ -212,31 +208,6 @@ class RecallByLength(PerplexityByLength):
 
         sizes = (self._filled(lambda words: context(words) + scored, length) for length in self.layout.lengths)
         return [(context(words), scored) for words in sizes]
-
-
-class PerplexityByPosition(PerplexityByLength):
-    """``nc_document``: the same metrics of the parts of documents between the lengths, and perplexity of the whole.
-
-    Documents are stretches of the text that do not overlap.
-    """
-
-    numbers: ClassVar[dict[str, int]] = {"samples": 8}
-
-    def cut(self, words: Sequence[str]) -> Pairs:
-        """The parts of a document, each under all that goes before it."""
-        first = lambda count: "".join(words[:count])  # noqa: E731
-        ends = [self._filled(first, length, len(words)) for length in self.layout.lengths]
-        return [(first(begin), "".join(words[begin:end])) for begin, end in pairwise([0, *ends])]
-
-    def stages(self) -> list[str]:
-        return [f"{begin}_{end}" for begin, end in pairwise([0, *self.layout.lengths])]
-
-    def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        whole = (sum(found for found, _ in results), sum(doc["tokens"]))
-        return super().process_results(doc, results) | {"perplexity": whole}
-
-    def aggregation(self) -> dict[str, Callable[[Sequence[Any]], float]]:
-        return super().aggregation() | {"perplexity": get_aggregation("weighted_perplexity")}
 
 
 class RetrievalByLength(ByLengthTask):

@@ -1,7 +1,7 @@
 """The tasks of this package in lm-eval: what is read and scored, the figures, the settings, and what is refused."""
 
 import math
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from eval_tasks.synthetic import GENERATORS
 from eval_tasks.texts import python_reference
 
 RULER = [name for name in GENERATORS if name != "passkey"]
-LOSSES = ("nc_perplexity", "nc_recall", "nc_document")
+LOSSES = ("nc_perplexity", "nc_recall")
 
 
 def test_every_offline_task_runs_from_end_to_end(run_tasks):
@@ -27,9 +27,8 @@ def test_every_offline_task_runs_from_end_to_end(run_tasks):
     mean = sum(scores[name] for name in RULER) / len(RULER)
     assert results["groups"]["nc_ruler"]["string_match_512,none"] == pytest.approx(mean)
     assert "string_match_1024,none" not in results["groups"]["nc_ruler"]
-    for task in ("nc_recall", "nc_perplexity"):
+    for task in LOSSES:
         assert set(figures(results, task)) == {"perplexity_512", "bits_per_byte_512"}
-    assert set(figures(results, "nc_document")) == {"perplexity_0_512", "bits_per_byte_0_512", "perplexity"}
     assert results["configs"]["nc_cwe"]["metadata"]["text_sha256"]
 
 
@@ -58,11 +57,10 @@ def test_figures_are_those_of_the_model_on_the_same_tokens(task, model_dir, run_
         logp = model(ids[None]).logits[0].log_softmax(-1)[:-1].gather(-1, ids[1:, None])
         losses[request.idx] += (-logp[len(before) - 1 :, 0]).tolist()
         sizes[request.idx] += len(continuation.encode())
-    names = ["0_400", "400_700", "700_1024"] if task == "nc_document" else ["400", "700", "1024"]
-    expected = {"perplexity": math.exp(np.mean(np.concatenate(losses)))} if task == "nc_document" else {}
-    for name, values, size in zip(names, losses, sizes, strict=True):
-        expected[f"perplexity_{name}"] = math.exp(np.mean(values))
-        expected[f"bits_per_byte_{name}"] = sum(values) / size / math.log(2)
+    expected = {}
+    for length, values, size in zip(metadata["lengths"], losses, sizes, strict=True):
+        expected[f"perplexity_{length}"] = math.exp(np.mean(values))
+        expected[f"bits_per_byte_{length}"] = sum(values) / size / math.log(2)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -80,20 +78,16 @@ def test_documents_fill_their_lengths_and_score_what_they_say(tmp_path, task, ki
         wholes = [before + after for before, after in zip(contexts, scored, strict=True)]
         assert all(least * n <= count(whole) - unread <= n for n, whole in zip(lengths, wholes, strict=True))
         # Special tokens are not scored.
-        if task == "nc_document":
-            assert wholes == list(accumulate(scored))
-            assert list(accumulate(row["tokens"])) == [count(whole) - count("") for whole in wholes]
-        else:
-            assert row["tokens"] == [count(text) - count("") for text in scored]
-            assert len(set(scored)) == 1
-            low, high = (230, 256) if task == "nc_perplexity" else (120, 130)
-            assert low <= row["tokens"][0] <= high
+        assert row["tokens"] == [count(text) - count("") for text in scored]
+        assert len(set(scored)) == 1
+        low, high = (230, 256) if task == "nc_perplexity" else (120, 130)
+        assert low <= row["tokens"][0] <= high
         if task == "nc_recall":
             passage = scored[0].strip()
             assert all(context.count(passage) == 1 and context.index(passage) < 200 for context in contexts)
         else:
             assert wholes[-1] in source
-            assert task == "nc_document" or all(long.endswith(short) for short, long in pairwise(wholes))
+            assert all(long.endswith(short) for short, long in pairwise(wholes))
         found.add(wholes[-1])
     assert len(found) == 3
 
@@ -169,5 +163,5 @@ def test_documents_of_the_hub_can_be_local_copies(run_tasks, model_dir, tmp_path
     metadata = {"lengths": [256, 1024], "samples": 3}
     for task, text in (("nc_pg19", "{}:test"), ("nc_proof_pile", "{},proof-pile/test.jsonl:train")):
         results = run_tasks([task], metadata={**metadata, "text": text.format(tmp_path)})
-        assert results["results"][task]["perplexity_256_1024,none"] > 1
+        assert results["results"][task]["perplexity_1024,none"] > 1
         assert [sample["arguments"][0][1].count(" ") > 50 for sample in results["samples"][task]] == [True] * 3
