@@ -83,7 +83,7 @@ def attended(seed: int) -> float:
 def test_workers_attend_alike(method):
     torch.set_num_threads(2)
     here = [attended(seed) for seed in range(4)]
-    with torch.multiprocessing.get_context(method).Pool(2) as pool:
+    with torch.multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.map_async(attended, range(4)).get(timeout=240) == here
 
 
