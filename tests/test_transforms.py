@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from tiny_models import random_ids
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian as hessian_by_autograd
-from torch.func import grad, hessian, jacfwd, jvp, vmap
-from ways import SETTINGS
+from torch.func import functional_call, grad, hessian, jacfwd, jvp, vmap
+from ways import SETTINGS, small
 
 from nc_patch import sparse_attention
 
@@ -35,3 +36,14 @@ def test_second_derivatives_forward_mode_and_transforms_are_refused(settings):
     ):
         with pytest.raises(NotImplementedError, match=TRANSFORM):
             transformed()
+
+
+def test_models_are_not_transformed():
+    model, ids = small(), random_ids(3, 30)
+
+    def loss(parameters, ids, mask):
+        given = {"use_cache": False, "labels": ids[None], "attention_mask": mask[None]}
+        return functional_call(model, parameters, (ids[None],), given).loss
+
+    with pytest.raises(NotImplementedError, match=TRANSFORM):
+        vmap(grad(loss), (None, 0, 0))(dict(model.named_parameters()), ids, torch.ones_like(ids))
