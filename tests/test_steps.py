@@ -1,6 +1,5 @@
 """The layers of a decoding step repeat what its first layer has worked out, where that holds for them too."""
 
-import copy
 from collections import Counter
 
 import pytest
@@ -12,12 +11,6 @@ from nc_patch import attention, nc_stats, patch_model, steps
 
 LAYERS, PROMPT, STEPS = 4, 40, 6
 BY_HEAD = {"alpha": [[1.0, 2.0, 1.5, 3.0], [2.0, 1.0, 2.5, 1.5], 2.0, 1.0], "C": [0.5, 0.5, 0.6, 1.0]}
-LAW = {"alpha": 2.0, "C": 0.5}
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return tiny_model("llama", num_hidden_layers=LAYERS).eval()
 
 
 def decode(model, monkeypatch, repeats, static, count):
@@ -38,10 +31,8 @@ def decode(model, monkeypatch, repeats, static, count):
     with torch.no_grad():
         model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
         worked_out.clear()
-        logits = [
-            model(ids[:, PROMPT + at : PROMPT + at + count], past_key_values=cache, use_cache=True).logits
-            for at in range(0, STEPS * count, count)
-        ]
+        pieces = ids[:, PROMPT:].split(count, 1)
+        logits = [model(piece, past_key_values=cache, use_cache=True).logits for piece in pieces]
     monkeypatch.undo()
     return torch.cat(logits, 1), [worked_out[layer] // STEPS for layer in range(LAYERS)]
 
@@ -67,10 +58,10 @@ def decode(model, monkeypatch, repeats, static, count):
     ids=str,
 )
 def test_steps_give_what_they_give_where_each_layer_is_worked_out(
-    tiny, monkeypatch, settings, scaling, expected, static, count
+    monkeypatch, settings, scaling, expected, static, count
 ):
-    settings = {"dense_below": 0, **LAW, **settings}
-    models = [patch_model(copy.deepcopy(tiny), **settings) for _ in range(2)]
+    settings = {"alpha": 2.0, "C": 0.5, "dense_below": 0, **settings}
+    models = [patch_model(tiny_model("llama", num_hidden_layers=LAYERS), **settings) for _ in range(2)]
     for model in models:
         model.model.layers[2].self_attn.scaling *= scaling
     found, layers = decode(models[0], monkeypatch, True, static, count)
