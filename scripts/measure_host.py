@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
 _PROMPT, _UNTIMED = 700, 3
 
 
-def steps(model: torch.nn.Module, method: str, cache: DynamicCache, count: int, launches: list[Any]) -> Iterator[float]:
+def steps(model: torch.nn.Module, method: str, cache: DynamicCache, count: int, launches: list[str]) -> Iterator[float]:
     """CPU microseconds of further steps of one token; ``launches`` are then those of the last."""
     token = torch.zeros(1, 1, dtype=torch.int64)
     options = {"backend": "triton", "dense_below": 0, "key_index": "always", **METHODS[method]}

@@ -364,10 +364,7 @@ SHAPES = [
     Shape("no-query", ("drop", "block"), queries=0, sinks=True),
     Shape("sinks-beyond-all-scores", tuple(WAYS), queries=5, sinks=120.0),
     Shape("apart", (*ROWS, "block"), group=1, intervals="apart"),
-    *(
-        Shape(f"ties-{name}", ("topk", "drop"), dtype, 1, 2, 1, 30, budget="any", sink_keys=2, recent_keys=2, tied=True)
-        for name, dtype in (("fp32", torch.float32), ("bf16", BF16))
-    ),
+    Shape("ties", ("topk", "drop"), BF16, 1, 2, 1, 30, budget="any", sink_keys=2, recent_keys=2, tied=True),
     *(Shape(f"keys-{kind}".replace(" ", "-"), ("drop",), group=1, unequal=0.0, spoiled=kind) for kind in SPOILED),
     *(
         Shape(f"keys-{kind}-softcap", ROWS, softcap=3.0, spoiled=kind, sink_keys=0, recent_keys=0)
@@ -396,7 +393,6 @@ SHAPES = [
     in_blocks("infinite-block", group=1, intervals="packed", budget="full", spoiled="infinite"),
     # Decoding: few queries, of sequences with one origin each.
     decoded("decode", *INDEXED),
-    decoded("decode-bf16-g4", *KEPT, dtype=BF16, batch=2, kv_heads=2, group=4),
     decoded(
         "bf16-d80-g7-left-padding", *INDEXED, dtype=BF16, batch=2, group=7, head_dim=80, queries=2, intervals="padding"
     ),

@@ -1,9 +1,8 @@
 """Every launch of the library, recorded and compiled for each target without a GPU, and the registers that it needs.
 
-``python tests/recorded_launches.py --compare docs/results/kernel_resources.json`` prints what differs from the record:
-registers by more than four, spills, shared memory that grew; it exits with 1 if anything does. ``--write`` writes the
-record. ``--match`` and ``--targets`` narrow both. A launch is named after its kernel and the first of ``CASES`` that
-makes it.
+``python tests/recorded_launches.py`` prints them, and exits with 1 if one does not fit. ``--write`` writes them to the
+record, in which each has a line: ``git diff`` shows what a change costs. ``--match`` and ``--targets`` narrow both. A
+launch is named after its kernel and the first of ``CASES`` that makes it.
 """
 
 import argparse
@@ -331,32 +330,17 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), len(re.findall(r"\bSTL\b", code))
 
 
-def read_record(path: Path) -> dict[tuple[str, str], Resources]:
-    """The rows of a record by variant and target; none where there is no file."""
-    kernels = json.loads(path.read_text())["kernels"] if path.exists() else []
-    return {(row["variant"], row["target"]): Resources(**row) for row in kernels}
-
-
-def differences(row: Resources, old: Resources | None) -> list[str]:
-    """What is to be said of a compiled launch, beside what the record has of it."""
-    worse = not row.fits and (old is None or old.fits or row.spills > old.spills)
-    found = [f"does not fit: {row.spills} spills"] if worse else []
-    if old is None:
-        return [*found, "not in the record"]
-    if abs(row.registers - old.registers) > 4:
-        found.append(f"registers {old.registers} -> {row.registers}")
-    if row.shared > old.shared:
-        found.append(f"shared memory {old.shared} -> {row.shared}")
-    return found if row.matrix == old.matrix else [*found, f"matrix instructions {old.matrix} -> {row.matrix}"]
+def read_record() -> dict[tuple[str, str], Resources]:
+    """The rows of the record by variant and target."""
+    return {(row["variant"], row["target"]): Resources(**row) for row in json.loads(RECORD.read_text())["kernels"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compiles what is named and prints each row; 1 if any differs from the record or, with none, does not fit."""
+    """Compiles what is named and prints each row; 1 if any does not fit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="architectures (all)")
     parser.add_argument("--match", default="", help="only launches whose name this regular expression is found in")
-    parser.add_argument("--compare", type=Path, help="say what differs from this record")
-    parser.add_argument("--write", nargs="?", const=RECORD, type=Path, help="write the rows to this record")
+    parser.add_argument("--write", action="store_true", help="write the rows to the record")
     chosen = parser.parse_args(arguments)
     launches = {target: recorded(target) for target in (TARGETS if chosen.write else chosen.targets)}
     rows = []
@@ -366,20 +350,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row := resources_of(name, launch, target))
                 numbers = f"{row.registers:>5} registers {row.shared:>7} bytes shared {row.spills:>4} spills"
                 print(f"{name:<60}{target:<8}{numbers}", flush=True)
-    record = read_record(chosen.compare) if chosen.compare else {}
-    before = [record.get((row.variant, row.target)) for row in rows]
-    found = [(row, said) for row, old in zip(rows, before, strict=True) for said in differences(row, old)]
-    if chosen.compare:
-        print("\n".join(f"{row.variant} on {row.target}: {said}" for row, said in found) or "as in the record")
     if chosen.write:
-        table = {**read_record(chosen.write), **{(row.variant, row.target): row for row in rows}}
+        table = {**read_record(), **{(row.variant, row.target): row for row in rows}}
         names = {name: None for named in launches.values() for name in named}
         kept = [table[x] for x in product(names, TARGETS) if x in table and x[0] in launches[x[1]]]
         # One kernel a line, so that a change of one shows as one.
         kernels = ",\n".join(json.dumps(row._asdict()) for row in kept)
         head = json.dumps({"command": "python tests/recorded_launches.py --write"})[:-1]
-        chosen.write.write_text(f'{head}, "kernels": [\n{kernels}\n]}}\n')
-    return int(bool(found) if chosen.compare else not all(row.fits for row in rows))
+        RECORD.write_text(f'{head}, "kernels": [\n{kernels}\n]}}\n')
+    return int(not all(row.fits for row in rows))
 
 
 if __name__ == "__main__":

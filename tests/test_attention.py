@@ -9,8 +9,8 @@ from itertools import product
 
 import pytest
 import torch
-from attention_cases import DESCRIBED, HARD, TOLERANCE, WAYS, Case, Shape, check, index_of, random_case
-from operations import BACKENDS, EACH, assert_close, device_of, problem_of_case
+from attention_cases import DESCRIBED, HARD, SPOILED, TOLERANCE, WAYS, Case, Shape, check, index_of
+from operations import BACKENDS, EACH, assert_close, device_of
 from tiny_models import random_ids, tiny_model
 
 from nc_patch import KeyIndex, patch_model
@@ -18,6 +18,7 @@ from nc_patch.ops import rows
 from nc_patch.ops.means import PageMeans
 from nc_patch.ops.problem import AttentionResult
 from nc_patch.selections.index import extend
+from nc_patch.selections.topk.codes import encode_keys
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 OTHERS = [backend for backend in BACKENDS if backend != "torch"]
@@ -95,16 +96,15 @@ def test_a_prompt_in_more_parts_gives_the_same(size, backend, monkeypatch):
                 assert_close(found, expected.double(), 1e-6)
 
 
-# Keys that end with a page of the first sequence, that begin one and that lie within one.
 @EACH
 @pytest.mark.parametrize(
-    ("way", "queries", "keys"),
-    [*(("pages", *sizes) for sizes in ((1, 160), (1, 161), (1, 170), (3, 161))), ("codes", 1, 97), ("codes", 5, 64)],
+    ("way", "queries", "keys"), [("pages", 1, 161), ("pages", 3, 161), ("codes", 1, 97), ("codes", 5, 64)]
 )
 def test_a_step_takes_its_keys_into_an_index_that_is_then_the_one_of_all_keys(way, queries, keys, backend):
-    case = Shape("step", (), torch.bfloat16, 3, queries=queries, keys=keys, head_dim=80, budget=50).case()
-    if way == "pages":
-        case.origin[:] = torch.tensor([0, 7, -22], dtype=torch.int32)[:, None]
+    batch = 3 if way == "pages" else 2
+    case = Shape("step", (), torch.bfloat16, batch, queries=queries, keys=keys, head_dim=80, budget=50).case()
+    if way == "pages":  # the last key ends a page of the first sequence, begins one, and lies within one
+        case.origin[:] = torch.tensor([1, 0, -22], dtype=torch.int32)[:, None]
     else:  # the second sequence is shorter: what lies beyond its end is not read
         case.origin[:], case.visible[1, :, 1] = 5, case.visible[1, :, 1] - 20
     case.visible[..., 0] = case.origin.clamp(min=0)
@@ -138,16 +138,31 @@ def test_a_patched_model_generates_as_with_pytorch(backend):
     torch.testing.assert_close(logits[backend], logits["torch"], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", OTHERS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_other_backends_encode_keys_as_pytorch_does_to_rounding(dtype, backend):
-    for seed in range(3, 6 if backend == "triton" else 15):
-        case = random_case(seed, 300, dtype)
-        problems = ((problem_of_case(case, device_of(name)), name) for name in (backend, "torch"))
-        found, expected = (index_of(problem, "codes", name).tensors() for problem, name in problems)
-        for mine, its in zip(found, expected, strict=True):
-            tolerance = 1.0 if mine.dtype == torch.int8 else TOLERANCE[dtype]
-            torch.testing.assert_close(mine.float().cpu(), its.float(), atol=tolerance, rtol=1e-5)
+@EACH
+@FP32_BF16
+@pytest.mark.parametrize("kind", [None, "huge norms", "denormals", "far apart", "infinite", "nan"])
+def test_codes_bound_the_keys_and_are_pytorchs_to_rounding(kind, dtype, backend):
+    key, found = Shape("codes", (), dtype, 2, 2, keys=60, head_dim=80).case().key, {}
+    key = key if kind is None else SPOILED[kind](key).to(dtype)
+    for name in ("torch", backend):  # of the second call's 40 keys 3 lie before the first sequence
+        device = device_of(name)
+        index = KeyIndex.build(key[:, :, :40].to(device), "codes", end=torch.tensor([20, 40]).to(device), backend=name)
+        index.extend(key.to(device), 40, torch.tensor([37, 60]).to(device))
+        found[name] = [tensor.cpu() for tensor in index.tensors()]
+    (codes, scale, bound, center, spread), expected = found[backend], found["torch"]
+    if kind is None:
+        torch.testing.assert_close([center, spread], expected[3:], atol=1e-5, rtol=1e-5)
+    exact = encode_keys(key, center, spread)
+    for b, end in enumerate((37, 60)):
+        own, part = codes[b, :, :end], (b, slice(None), slice(end))
+        assert (own.int() - exact[0][part].int()).abs().max() <= 1
+        x = (key[part].double() - center[b, :, None]) / spread[b, :, None]
+        left_over = (x - scale[part][..., None].double() * own.double()).norm(dim=-1)
+        sound = x.isfinite().all(-1) & exact[2][part].isfinite()
+        assert (left_over <= bound[part])[sound].all()
+        # A code that lies between two may be rounded to either side.
+        assert (bound[part] <= 1.02 * exact[2][part].double() + 1e-6).all()
+        assert torch.equal(bound[part].isinf(), exact[2][part].isinf())
 
 
 def assert_summarises(codes: torch.Tensor, scales: torch.Tensor, page: torch.Tensor) -> None:

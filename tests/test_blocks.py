@@ -70,9 +70,10 @@ def test_intervals_that_a_caller_changes_between_calls_count_and_nothing_is_left
 def test_the_audit_is_unbiased_and_its_interval_holds_the_truth(intervals, dense_below, options):
     sizes = {"batch": 2, "queries": 600, "keys": 600, **SIZES}
     case = Shape("audited", intervals=intervals, dense_below=dense_below, **sizes).case()
-    problem = problem_of_case(case, stats=True)
-    results = [Block(**options).run(problem._replace(audit_seed=seed), "torch") for seed in range(60)]
-    kept_mass, seen = results[0].kept_mass.double(), (case.rows > 0).expand(2, 4, 600)
+    problem, chosen = problem_of_case(case), Block(**options)
+    results = [chosen.run(problem._replace(audit_seed=seed), "torch") for seed in range(60)]
+    kept_mass = chosen.run(problem._replace(stats=True), "torch").kept_mass.double()
+    seen = (case.rows > 0).expand(2, 4, 600)
     by_head = (kept_mass * seen).sum((0, 2)) / seen.sum((0, 2))
     true = torch.cat((by_head, by_head.mean()[None]))
     rows, kept, variance, freedom, count = torch.stack([r.audit.double() for r in results]).unbind(-1)

@@ -73,9 +73,10 @@ class CacheSequences(Machine):
         self.mask, self.length = torch.ones(self.batch, 0, dtype=torch.long), 0
         self.call(length, padding=length // 2 if padded else 0)
 
-    def call(self, count, padding=0, unpatched=False, gradient=False):
+    def call(self, count, padding=0, behind=0, unpatched=False, gradient=False):
         new_mask = torch.ones(self.batch, count, dtype=torch.long)
-        new_mask[0, :padding] = 0  # left padding: the first row has no token of the sequence there
+        new_mask[0, :padding] = 0  # the first row has no token of the sequence there
+        new_mask[0, count - behind :] = 0
         self.mask = torch.cat((self.mask, new_mask), 1)
         self.length += count
         ids, logits = random_ids(self.batch, count), []
@@ -124,6 +125,13 @@ class CacheSequences(Machine):
     @rule(count=st.sampled_from([1, 20]))
     def miss_a_call(self, count):
         self.call(count, unpatched=True)
+        self.call(1)
+
+    @precondition(lambda self: self.length < LONGEST - 60)
+    @rule()
+    def pad_behind_what_becomes_tokens(self):
+        self.call(40, behind=30)
+        self.mask[0] = 1
         self.call(1)
 
     # What was made in inference mode is written to in no other.
@@ -250,6 +258,15 @@ def test_random_sequences_give_the_same_with_an_index_and_without(family, exampl
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps, **how))
 
 
+def test_an_index_takes_the_bytes_it_promises():
+    key = torch.randn(1, 8, 8192, 128).bfloat16()
+    for kind, share in (("codes", 0.27), ("pages", 1 / 8), ("means", 1 / 16)):
+        assert KeyIndex.build(key, kind, value=key).nbytes() <= share * 2 * key.nbytes + 8  # and the origin
+    grown = KeyIndex.build(key[:, :, :8191], "codes")
+    grown.extend(key, 1, torch.tensor([8192]))
+    assert grown.nbytes() <= 0.27 * 2 * key.nbytes * 8320 / 8192
+
+
 def test_decoding_by_blocks_has_no_gradient_and_says_so():
     model, ids, cache = small(selection="block", block_size=16), random_ids(1, 60), DynamicCache()
     model(ids[:, :-1], past_key_values=cache)
@@ -269,20 +286,6 @@ def test_steps_have_the_gradient_of_a_query_whose_keys_have_none():
         sum(model(step, past_key_values=cache).logits.square().mean() for step in ids[:, -3:].split(1, 1)).backward()
         found.append(weight.grad)
     torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("options", [{"selection": "block", "block_size": 16}, SETTINGS["topk by codes"]], ids=str)
-def test_keys_that_were_padding_behind_the_tokens_are_indexed_once_they_are_tokens(options):
-    found, ids = [], random_ids(1, 141)
-    for use in ("never", "always"):
-        model, cache = small(**options | {"key_index": use}), DynamicCache()
-        for first, last, padding in ((0, 20, 0), (20, 140, 90), (140, 141, 0)):
-            mask = torch.ones(1, last, dtype=torch.long)
-            mask[:, last - padding :] = 0
-            with torch.no_grad():
-                logits = model(ids[:, first:last], attention_mask=mask, past_key_values=cache).logits
-        found.append(logits)
-    torch.testing.assert_close(*found, atol=2e-5, rtol=0)
 
 
 def test_static_caches_are_reordered_outside_the_inference_mode_that_made_their_indexes():

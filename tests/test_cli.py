@@ -1,17 +1,15 @@
-"""The command line: exit codes and messages, all before any work; and what ``nc-patch demo`` says of two answers."""
+"""The command line: exit codes and messages, all before any work; and ``nc-patch demo``."""
 
 import importlib.util
-import math
 from pathlib import Path
 
 import pytest
 from processes import python
 from tiny_sweep import sweep_arguments, tiny_files
 
-from eval_tasks.demo import Answer, comparison
 from eval_tasks.methods import METHODS
 from eval_tasks.tasks import TASKS
-from nc_patch import NCConfig, __version__
+from nc_patch import __version__
 from nc_patch.cli import main
 
 PROFILE = Path(__file__).parent / "data" / "profile_format_1.json"
@@ -114,24 +112,6 @@ def test_a_profile_needs_neither_scipy_nor_the_harness():
     use = f"import nc_patch; nc_patch.Profile.load({str(PROFILE)!r}).at_mass(0.9).config()"
     loaded = "print([name for name in sys.modules if name.startswith('eval_tasks')])"
     assert python("-c", f"import sys; sys.modules['scipy'] = None; {use}; {loaded}").strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("first", "step", "ratio", "tokens", "advice"),
-    [
-        (0.6, 0.75, 1.0, 6000, "patch_model(model, alpha=12, C=0.5)"),
-        (0.6, 0.75, 1.1, 6000, "nc-patch demo --alpha 24"),
-        (1.1, 1.5, 1.0, 6000, "dense attention"),
-        (1.0, 1.0, 1.0, 900, "a prompt of more than 1,024 tokens"),
-    ],
-)
-def test_the_comparison_says_what_to_do(first, step, ratio, tokens, advice):
-    dense, sparse = Answer("rose", 10.0, 0.2, 2.0), Answer("", 10 * first, step / 5, 2 + math.log(ratio), (0.2, 0.1))
-    time, keys, perplexity, suggestion = comparison(dense, sparse, tokens, NCConfig(12.0, 0.5, dense_below=1024))
-    assert f"prompt {first:.2f}, each further token {step:.2f}" in time
-    assert "20% by the prompt, 10% by the answer, at alpha=12, C=0.5" in keys
-    assert f"{ratio:.3f} times" in perplexity
-    assert advice in suggestion
 
 
 @pytest.mark.slow

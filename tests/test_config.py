@@ -17,14 +17,17 @@ from nc_patch.budget import budget_of, budgets, row_budgets
 from nc_patch.selections import Window
 
 NAN, INF = math.nan, math.inf
+QUERY, KEY = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 30, 8)
+GIVEN = {"query": QUERY, "key": KEY, "value": KEY.clone(), "alpha": 2.0, "C": 0.5}
+CODES, PAGES, MEANS = (KeyIndex.build(KEY, kind, value=KEY) for kind in ("codes", "pages", "means"))
+
+
+read = NCConfig.from_json
 
 
 def law(alpha=1.0, C=0.5, **options):
     """Settings from Python."""
     return NCConfig(alpha, C, **options)
-
-
-read = NCConfig.from_json
 
 
 def budget(n, **where):
@@ -35,64 +38,16 @@ def of_a_model(**settings):
     return law(**settings).check_model(num_layers=3, num_heads=4)
 
 
-# (what is called, with what, error, words of its message); below are values of every option of calls
-REFUSED = [
-    *((law, {"alpha": x}, ValueError, f"alpha must be a positive number, got {x}") for x in (0.0, NAN, INF)),
-    *((law, {"C": x}, ValueError, rf"C must be a number in \[0, 1\], got {x}") for x in (-0.1, 1.1, NAN)),
-    *((law, {"max_dropped_mass": x}, ValueError, rf"max_dropped_mass must .* \[0, 1\), got {x}") for x in (1.0, NAN)),
-    (law, {"alpha": [1.0, -2.0]}, ValueError, "alpha must be a positive number, got -2.0"),
-    (law, {"alpha": [[[1.0]]]}, ValueError, "alpha must be a number, a list per layer"),
-    (law, {"prefill": "best"}, ValueError, "prefill must be one of 'block', 'dense', 'topk', 'window', got 'best'"),
-    (law, {"on_drop": "stop"}, ValueError, "on_drop must be one of 'ignore', 'warn', 'raise', 'dense', got 'stop'"),
-    *((law, {"track": x}, TypeError, "track must be True or False, got ") for x in (1, "yes", None, np.int8(1))),
-    *((law, {"dense_layers": x}, TypeError, "dense_layers must be") for x in ("0", 2, [0.5], torch.tensor([True]))),
-    (law, {"sinkkeys": 1}, TypeError, r"unknown option sinkkeys; .* Did you mean sink_keys\?"),
-    *((law, {name: 1}, TypeError, "unknown option") for name in ("\ud800", "\x1b[2J", "a\nb", "x" * 100_000)),
-    (read, "3", TypeError, "mapping of names to values, got int"),
-    (read, "[" * 100_000 + "]" * 100_000, ValueError, "recursion"),
-    (read, '{"alpha": 1' + "0" * 400 + "}", ValueError, "alpha must be a positive number, got an integer of 1329 bits"),
-    (read, '{"C": 1}', TypeError, "alpha is missing"),
-    *((budget, {"n": n}, ValueError, "n must be at least 0, got -3") for n in (-3, torch.tensor([2, -3]))),
-    (budget, {"n": torch.tensor([2**31])}, ValueError, "n must be at most 2147483647, got"),
-    *((budget, {"n": n}, TypeError, "n must be an integer") for n in (2.5, True, torch.tensor([2.0]))),
-    (budget, {"n": 9, "layer": None}, ValueError, "alpha is given per layer: say which layer"),
-    (budget, {"n": 9, "layer": 2}, ValueError, "alpha is given for 2 layers, got layer 2"),
-    (of_a_model, {"alpha": [1.0, 2.0]}, ValueError, "alpha has 2 layers, the model has 3"),
-    (of_a_model, {"C": [0.5, [0.1, 0.2, 0.3], 0.5]}, ValueError, r"C\[1\] has 3 heads, the queries have 4"),
-    (of_a_model, {"dense_layers": [0, 7]}, ValueError, r"layers \[7\], the model has layers 0 to 2"),
-]
+def attend(**changes):
+    return sparse_attention(**GIVEN | changes)
 
 
-@pytest.mark.parametrize(("call", "given", "error", "words"), REFUSED, ids=range(len(REFUSED)))
-def test_what_is_wrong_is_refused_by_name_in_a_short_message(call, given, error, words):
-    with pytest.raises(error, match=words) as caught:
-        call(**given) if isinstance(given, dict) else call(given)
-    assert len(str(caught.value)) < 800
-    assert str(caught.value).isprintable()
+def index(**changes):
+    return KeyIndex.build(**{"key": KEY, "kind": "codes"} | changes)
 
 
-# Calls of ``sparse_attention`` with one thing wrong with them
-
-QUERY, KEY = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 30, 8)
-GIVEN = {"query": QUERY, "key": KEY, "value": KEY.clone(), "alpha": 2.0, "C": 0.5}
-OPTIONS = (
-    *("alpha", "C", "scale", "softcap", "sink_keys", "recent_keys", "min_keys", "dense_below", "block_size"),
-    *("query_block_size", "sample_stride", "local_keys", "max_factor", "selection", "backend", "tail", "law"),
-    *("return_kept_mass", "no_such_option"),
-)
-NO_VALUES = (
-    *(float("nan"), float("inf"), -float("inf"), -1.0, 10**400, "2", None, [], {}, b"1", object()),
-    *(True, np.True_, torch.tensor(True), 1j, np.complex64(1)),
-)
-# What stands for the default.
-FINE = [(name, None) for name in ("scale", "softcap", "return_kept_mass", "sample_stride")]
-
-
-def others(tensor: torch.Tensor) -> list[object]:
-    """What cannot stand for query, key or value."""
-    dtypes = (torch.float64, torch.int32, torch.complex64, torch.bool)
-    shapes = [tensor[0], tensor[:, :0], tensor[..., :0], torch.cat((tensor, tensor))]
-    return [*shapes, *map(tensor.to, dtypes), tensor.to("meta"), None, tensor.tolist(), tensor.numpy()]
+def extend(key, count):
+    return MEANS.extend(key, count, torch.tensor([30, 30]), key)
 
 
 def seen(first: int, last: int) -> torch.Tensor:
@@ -102,50 +57,85 @@ def seen(first: int, last: int) -> torch.Tensor:
     return visible
 
 
-EVERY = seen(0, 30)
+BEYOND = torch.stack((torch.arange(20), torch.arange(20) + 9), -1).int().expand(2, 20, 2)
+# (what is called, with what, words of the message)
+REFUSED = [
+    *((law, {"alpha": x}, f"alpha must be a positive number, got {x}") for x in (0.0, NAN, INF)),
+    *((law, {"C": x}, rf"C must be a number in \[0, 1\], got {x}") for x in (-0.1, 1.1, NAN)),
+    *((law, {"max_dropped_mass": x}, rf"max_dropped_mass must .* \[0, 1\), got {x}") for x in (1.0, NAN)),
+    (law, {"alpha": [1.0, -2.0]}, "alpha must be a positive number, got -2.0"),
+    (law, {"alpha": [[[1.0]]]}, "alpha must be a number, a list per layer"),
+    (law, {"prefill": "best"}, "prefill must be one of 'block', 'dense', 'topk', 'window', got 'best'"),
+    (law, {"on_drop": "stop"}, "on_drop must be one of 'ignore', 'warn', 'raise', 'dense', got 'stop'"),
+    *((law, {"track": x}, "track must be True or False, got ") for x in (1, "yes", None)),
+    *((law, {"dense_layers": x}, "dense_layers must be") for x in ("0", 2, [0.5])),
+    (law, {"sinkkeys": 1}, r"unknown option sinkkeys; .* Did you mean sink_keys\?"),
+    *((law, {name: 1}, "unknown option") for name in ("\x1b[2J", "x" * 100_000)),
+    (read, {"text": "3"}, "mapping of names to values, got int"),
+    (read, {"text": "[" * 100_000 + "]" * 100_000}, "recursion"),
+    (read, {"text": '{"alpha": 1' + "0" * 400 + "}"}, "alpha must be a positive number, got an integer of 1329 bits"),
+    (read, {"text": '{"C": 1}'}, "alpha is missing"),
+    *((budget, {"n": n}, "n must be at least 0, got -3") for n in (-3, torch.tensor([2, -3]))),
+    (budget, {"n": torch.tensor([2**31])}, "n must be at most 2147483647, got"),
+    *((budget, {"n": n}, "n must be an integer") for n in (2.5, True, torch.tensor([2.0]))),
+    (budget, {"n": 9, "layer": None}, "alpha is given per layer: say which layer"),
+    (budget, {"n": 9, "layer": 2}, "alpha is given for 2 layers, got layer 2"),
+    (of_a_model, {"alpha": [1.0, 2.0]}, "alpha has 2 layers, the model has 3"),
+    (of_a_model, {"C": [0.5, [0.1, 0.2, 0.3], 0.5]}, r"C\[1\] has 3 heads, the queries have 4"),
+    (of_a_model, {"dense_layers": [0, 7]}, r"layers \[7\], the model has layers 0 to 2"),
+    # What does not fit together.
+    (attend, {"alpha": [1.0, 2.0]}, r"alpha\[0\] has 2 heads, the queries have 4"),
+    (attend, {"query": QUERY[:, :3]}, "multiple of the key/value heads, got 3 and 2"),
+    (attend, {"query": torch.zeros(2, 4, 40, 8)}, "at least as many keys as queries, got Lq=40 and Lk=30"),
+    (attend, {"visible": BEYOND}, r"\[0, 9\] in sequence 0 of .* reaches from 0 to 1, and page means"),
+    (attend, {"index": PAGES}, 'got "pages" for TopK'),
+    (attend, {"index": CODES, "selection": "block"}, 'got "codes" for Block'),
+    (attend, {"means": MEANS, "tail": "drop"}, r'"means" for one with tail="mean"; got "means" for TopK.*drop'),
+    (attend, {"index": CODES, "key": KEY[:, :1], "value": KEY[:, :1]}, "other keys"),
+    (attend, {"index": CODES, "query": torch.zeros(2, 4, 33, 8)}, "at most 32 queries"),
+    (attend, {"return_kept_mass": "bounds"}, "come from codes"),
+    (attend, {"index": CODES, "return_stats": True}, "every key"),
+    (index, {"key": KEY[0]}, "shape"),
+    (index, {"kind": "bits"}, "kind must be"),
+    (index, {"kind": "means"}, r"needs the values \[2, 2, 30, 'Dv'\] of the keys, got none"),
+    (index, {"capacity": 10}, "capacity must be at least 30, got 10"),
+    (index, {"start": torch.zeros(3)}, "start must be int"),
+    *(
+        (extend, {"key": key, "count": n}, rf"takes in keys like those .*float32, with at least the {n} new")
+        for key, n in ((KEY.half(), 1), (KEY[:, :1], 1), (KEY, 31), (KEY, -1))
+    ),
+]
+OPTIONS = (
+    *("alpha", "C", "scale", "softcap", "sink_keys", "recent_keys", "min_keys", "dense_below", "block_size"),
+    *("query_block_size", "sample_stride", "local_keys", "max_factor", "selection", "backend", "tail", "law"),
+    *("return_kept_mass", "no_such_option"),
+)
+CHANGES = (
+    *(lambda t: t[0], lambda t: t[:, :0], lambda t: t[..., :0], lambda t: torch.cat((t, t))),
+    *(torch.Tensor.double, torch.Tensor.int, torch.Tensor.numpy, lambda t: t.to("meta"), lambda t: None),
+)
+# What stands for the default.
+FINE = [(name, None) for name in ("scale", "softcap", "return_kept_mass", "sample_stride")]
+# Arguments of which one is wrong, and named.
 WRONG = [
-    *(case for case in itertools.product(OPTIONS, NO_VALUES) if case not in FINE),
-    *(("sink_keys", number) for number in (3.0, np.float64(3), torch.tensor(3.0), [3])),
+    *(case for case in itertools.product(OPTIONS, (NAN, INF, -1.0, 10**400, "2", None, [], True)) if case not in FINE),
     *((name, 0) for name in ("alpha", "scale", "min_keys", "block_size", "sample_stride", "max_factor")),
-    *((name, other) for name in ("query", "key", "value") for other in others(GIVEN[name])),
+    *((name, change(GIVEN[name])) for name in ("query", "key", "value") for change in CHANGES),
     *(("visible", seen(*of)) for of in ((0, 31), (0, 2**31 - 1), (-1, 30), (-(2**31), 30), (30, 0))),
-    *(("visible", other) for other in (EVERY.long(), EVERY.float(), EVERY.bool(), EVERY[:, :, :1], EVERY[None])),
-    *(("origin", torch.zeros(2, *shape, dtype=dtype)) for shape, dtype in (((20,), None), ((21,), torch.int32))),
-    *(("origin", other) for other in (torch.zeros(2, dtype=torch.int32), 0, [0] * 20)),
-    *(("sinks", other) for other in (torch.zeros(5), torch.zeros(1, 4), [0.0] * 4, 1.0)),
+    *(("visible", other) for other in (seen(0, 30).long(), seen(0, 30)[:, :, :1], seen(0, 30)[None])),
+    *(("origin", other) for other in (torch.zeros(2, 20), torch.zeros(2, 21).int(), torch.zeros(2).int(), 0)),
+    *(("sinks", other) for other in (torch.zeros(5), torch.zeros(1, 4), [0.0] * 4)),
     *(("index", KeyIndex.build(key, "codes", backend="torch")) for key in (torch.cat((KEY, KEY), 1), KEY[:, :, :-1])),
 ]
+REFUSED += [(attend, {name: given}, rf"\b{name}\b.{{9}}") for name, given in WRONG]
 
 
-@pytest.mark.parametrize(("name", "given"), WRONG, ids=[f"{number}-{name}" for number, (name, _) in enumerate(WRONG)])
-def test_a_wrong_argument_is_refused_in_words(name, given):
-    with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b.{{9}}"):
-        sparse_attention(**GIVEN | {name: given})
-
-
-BEYOND = torch.stack((torch.arange(20), torch.arange(20) + 9), -1).int().expand(2, 20, 2)
-CODES, PAGES, MEANS = (KeyIndex.build(KEY, kind, value=KEY) for kind in ("codes", "pages", "means"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"alpha": [1.0, 2.0]}, r"alpha\[0\] has 2 heads, the queries have 4"),
-        ({"query": QUERY[:, :3]}, "multiple of the key/value heads, got 3 and 2"),
-        ({"query": torch.zeros(2, 4, 40, 8)}, "at least as many keys as queries, got Lq=40 and Lk=30"),
-        ({"visible": BEYOND}, r"\[0, 9\] in sequence 0 of .* reaches from 0 to 1, and page means"),
-        ({"index": PAGES}, 'got "pages" for TopK'),
-        ({"index": CODES, "selection": "block"}, 'got "codes" for Block'),
-        ({"means": MEANS, "tail": "drop"}, r'"means" for one with tail="mean"; got "means" for TopK.*drop'),
-        ({"index": CODES, "key": KEY[:, :1], "value": KEY[:, :1]}, "other keys"),
-        ({"index": CODES, "query": torch.zeros(2, 4, 33, 8)}, "at most 32 queries"),
-        ({"return_kept_mass": "bounds"}, "come from codes"),
-        ({"index": CODES, "return_stats": True}, "every key"),
-    ],
-)
-def test_arguments_that_do_not_fit_together_are_refused_with_the_reason(changes, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        sparse_attention(**GIVEN | changes)
+@pytest.mark.parametrize(("call", "given", "words"), REFUSED, ids=range(len(REFUSED)))
+def test_what_is_wrong_is_refused_by_name_in_a_short_message(call, given, words):
+    with pytest.raises((ValueError, TypeError), match=words) as caught:
+        call(**given)
+    assert len(str(caught.value)) < 800
+    assert str(caught.value).isprintable()
 
 
 # Values

@@ -46,6 +46,8 @@ class Call(NamedTuple):
         tensors = {name: getattr(case, name) for name in ("query", "key", "value", "visible", "origin", "sinks")}
         scoring = {"scale": case.scale, "softcap": case.softcap or None, "selection": case.selection(self.way)}
         indexes = {name: self.built(kind) for name, kind in kinds.items() if kind is not None}
+        if self.means:
+            del tensors["origin"]  # by default that of the means
         return sparse_attention(**tensors, **scoring, **indexes, **case.law, backend=backend, **more)
 
     def built(self, kind: str) -> KeyIndex:

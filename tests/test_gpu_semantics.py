@@ -82,6 +82,12 @@ def test_what_is_wrong_is_found(does, finds):
         assert (gpu.launches, gpu.programs) == (1, 5)
 
 
+@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="the plugin fails a test with findings")
+def test_findings_fail_a_test():
+    x = torch.zeros(1, dtype=torch.int32)
+    wrong_kernel[(9,)](x, x, x, 8, "all write one")
+
+
 @triton.jit
 def arithmetic_kernel(x, y, out, N: tl.constexpr, DOES: tl.constexpr):
     i = tl.arange(0, N)

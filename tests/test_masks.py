@@ -7,7 +7,7 @@ from transformers import masking_utils as mu
 from nc_patch import UnsupportedMaskError, masks
 from nc_patch.masks import interval_mask
 from nc_patch.ops.problem import visible_mask
-from nc_patch.visibility import Visibility, is_packed, visibility_of
+from nc_patch.visibility import Visibility, visibility_of
 
 LENGTH = 40
 SEQUENCES = (3, 17, 20)  # lengths of packed sequences
@@ -154,19 +154,7 @@ def test_masks_of_four_dimensions_are_taken_where_every_row_is_one_run_and_refus
             visibility_of(mask, 2, 6, 6, "Layer")
 
 
-def test_packed_intervals_are_handed_in_again_and_neither_other_masks_nor_those_of_other_calls_are_taken_for_them():
-    for keys in (3, 4):
-        mask = interval_mask(1, keys, keys)
-        assert is_packed(mask)
-        assert interval_mask(1, keys, keys, attention_mask=mask) is mask
-        assert not any(is_packed(torch.ones(1, 1, keys, keys).tril().to(dtype)) for dtype in (torch.int32, torch.bool))
-    for made, called in ((30, 20), (20, 30)):
-        with pytest.raises(UnsupportedMaskError, match=f"another call than one of {called} queries"):
-            visibility_of(interval_mask(1, made, called), 1, called, called, "Layer")
-
-
-@pytest.mark.parametrize("compose", [mu.or_masks, mu.and_masks])
-def test_custom_masks_are_refused_while_compiling(monkeypatch, compose):
-    monkeypatch.setattr(masks.torch.compiler, "is_compiling", lambda: True)
-    with pytest.raises(UnsupportedMaskError, match="cannot be looked at while"):
-        interval_mask(1, 4, 4, mask_function=compose(mu.causal_mask_function), use_vmap=compose is mu.and_masks)
+@pytest.mark.parametrize(("made", "called"), [(30, 20), (20, 30)])
+def test_a_mask_of_another_call_is_refused(made, called):
+    with pytest.raises(UnsupportedMaskError, match=f"another call than one of {called} queries"):
+        visibility_of(interval_mask(1, made, called), 1, called, called, "Layer")

@@ -112,7 +112,7 @@ def test_it_attends_exactly_what_it_says(Stride):
 
 
 def test_models_generate_compile_and_train_with_it(Stride):
-    model = patch_model(tiny_model("llama"), 3.0, 0.5, selection="stride", every=4)
+    model = patch_model(tiny_model("llama", num_hidden_layers=1), 3.0, 0.5, selection="stride", every=4)
     ids = random_ids(2, 40)
     generated = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
     # Token by token it attends what it attends in one go.

@@ -20,7 +20,7 @@ def tiny():
     return tiny_model("llama", num_hidden_layers=LAYERS).eval()
 
 
-def decode(model, monkeypatch, repeats, static=False, count=1):
+def decode(model, monkeypatch, repeats, static, count):
     """Logits of the steps, and how often each layer was worked out and not repeated, the prompt's aside."""
     worked_out = Counter()
     first = attention._attention
@@ -46,57 +46,35 @@ def decode(model, monkeypatch, repeats, static=False, count=1):
     return torch.cat(logits, 1), [worked_out[layer] // STEPS for layer in range(LAYERS)]
 
 
-def compared(tiny, monkeypatch, settings, change=None, **how):
-    """How often each layer is worked out, in a model that gives what it gives where all always are."""
-    settings = {"dense_below": 0, **LAW, **settings}
-    models = [patch_model(copy.deepcopy(tiny), **settings) for _ in range(2)]
-    for model in models if change else ():
-        change(model.model.layers[2].self_attn)
-    found, layers = decode(models[0], monkeypatch, True, **how)
-    every, _ = decode(models[1], monkeypatch, False, **how)
-    assert torch.equal(found, every)
-    assert nc_stats(models[0])["layers"] == nc_stats(models[1])["layers"]
-    return layers
-
-
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "scaling", "expected"),
     [
-        ({}, [1, 0, 0, 0]),
-        ({"tail": "drop"}, [1, 0, 0, 0]),
-        ({"key_index": "never"}, [1, 0, 0, 0]),
-        ({"decode": "block", "prefill": "topk"}, [1, 0, 0, 0]),
-        ({"selection": "window"}, [1, 0, 0, 0]),
-        ({"backend": "torch", "key_index": "always"}, [1, 0, 0, 0]),
-        ({"dense_layers": (0, 2)}, [1, 1, 0, 0]),
-        ({"dense_below": 60}, [1, 0, 0, 0]),
-        ({"decode": "dense"}, [1, 0, 0, 0]),
-        (BY_HEAD, [1, 0, 1, 1]),
-        ({"track": True}, [1, 1, 1, 1]),
+        ({}, 1.0, [1, 0, 0, 0]),
+        ({"tail": "drop"}, 1.0, [1, 0, 0, 0]),
+        ({"key_index": "never"}, 1.0, [1, 0, 0, 0]),
+        ({"decode": "block", "prefill": "topk"}, 1.0, [1, 0, 0, 0]),
+        ({"selection": "window"}, 1.0, [1, 0, 0, 0]),
+        ({"backend": "torch", "key_index": "always"}, 1.0, [1, 0, 0, 0]),
+        ({"dense_layers": (0, 2)}, 1.0, [1, 1, 0, 0]),
+        ({"dense_below": 60}, 1.0, [1, 0, 0, 0]),
+        ({"decode": "dense"}, 1.0, [1, 0, 0, 0]),
+        (BY_HEAD, 1.0, [1, 0, 1, 1]),
+        ({"track": True}, 1.0, [1, 1, 1, 1]),
+        ({}, 0.5, [1, 0, 1, 1]),  # and leaves a step that does not fit the next layer
     ],
-    ids=["default", "drop", "no index", "block", "window", "torch", "layers", "short", "dense", "by head", "track"],
+    ids=str,
 )
-def test_steps_give_what_they_give_where_each_layer_is_worked_out(tiny, monkeypatch, settings, expected, static, count):
-    assert compared(tiny, monkeypatch, settings, static=static, count=count) == expected
-
-
-def scaled(attention):
-    attention.scaling *= 0.5
-
-
-def within_autocast(attention):
-    attention.register_forward_pre_hook(lambda *_: torch.set_autocast_enabled("cpu", True))
-    attention.register_forward_hook(lambda *_: torch.set_autocast_enabled("cpu", False))
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (scaled, [1, 0, 1, 1]),  # and leaves a step that does not fit the next layer
-        (within_autocast, [1, 0, 1, 1]),
-    ],
-)
-def test_a_layer_that_is_called_in_another_way_is_worked_out(tiny, monkeypatch, change, expected):
-    assert compared(tiny, monkeypatch, {}, change) == expected
+def test_steps_give_what_they_give_where_each_layer_is_worked_out(
+    tiny, monkeypatch, settings, scaling, expected, static, count
+):
+    settings = {"dense_below": 0, **LAW, **settings}
+    models = [patch_model(copy.deepcopy(tiny), **settings) for _ in range(2)]
+    for model in models:
+        model.model.layers[2].self_attn.scaling *= scaling
+    found, layers = decode(models[0], monkeypatch, True, static, count)
+    every, _ = decode(models[1], monkeypatch, False, static, count)
+    assert torch.equal(found, every)
+    assert nc_stats(models[0])["layers"] == nc_stats(models[1])["layers"]
+    assert layers == expected

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="TR
 # allocate registers otherwise. Before 3.7.1 up to five variants spill; with 3.8 ten, 72 in topk of float32 on gfx942
 # and up to 22 in the others; with 3.9 four, of attend_blocks and kernels of decoding.
 MOST_SPILLS = {"3.7.1": 0, "3.8.0": 72, "3.9.0": 12}.get(triton.__version__, 32)
-RECORD = read_record(recorded_launches.RECORD)
+RECORD = read_record()
 launches_of = functools.cache(recorded)
 
 

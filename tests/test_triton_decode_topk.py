@@ -1,4 +1,4 @@
-"""What is special in Triton's decoding by codes: proofs and lists, ties, broken numbers, codes and plans."""
+"""What is special in Triton's decoding by codes: proofs and lists, ties, broken numbers and plans."""
 
 import itertools
 import math
@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import DESCRIBED, SPOILED, Shape, check
+from attention_cases import DESCRIBED, Shape, check
 from interpreted import plan_with
-from test_attention import FP32_BF16
 
 from nc_patch.budget import budget_of
 from nc_patch.ops.means import PageMeans
@@ -16,8 +15,6 @@ from nc_patch.ops.problem import Problem
 from nc_patch.ops.triton import decoding
 from nc_patch.ops.triton.split import GROUP, MAX_SPLITS, MOST_ARRIVALS
 from nc_patch.selections.topk import decode as triton_decode_topk
-from nc_patch.selections.topk.codes import KeyCodes, channel_moments, encode_keys
-from nc_patch.selections.topk.encode import triton_encode_keys_
 from nc_patch.selections.topk.plan import plan_for
 
 
@@ -119,31 +116,6 @@ def test_a_sample_is_not_in_step_with_a_text_that_repeats_itself(device, scanned
         case.key[:, :, phase::16] += 4 * case.query / case.query.norm()
         check("codes", case, "triton")
     assert scanned_again == [0] * 4
-
-
-@FP32_BF16
-@pytest.mark.parametrize("kind", [None, "huge norms", "denormals", "far apart", "infinite", "nan"])
-def test_codes_written_in_place_bound_the_keys(kind, dtype, device):
-    key = decode_shape(dtype=dtype, batch=2, kv_heads=2, keys=60, head_dim=80).case().key
-    center, spread = channel_moments(key, torch.zeros(2), torch.full((2,), 60))
-    if kind is not None and dtype == torch.float32:
-        key = SPOILED[kind](key)
-    expected = encode_keys(key, center, spread)
-    written = [t.new_full((*t.shape[:2], 70, *t.shape[3:]), 77).to(device) for t in expected]
-    first = torch.tensor([-3, 25], dtype=torch.int64, device=device)
-    triton_encode_keys_(key.to(device), first, 40, KeyCodes(*written, center.to(device), spread.to(device)))
-    codes, scale, residual = (t.cpu() for t in written)
-    for b, begin, end in ((0, 0, 37), (1, 25, 60)):
-        assert all((t[b][:, part] == 77).all() for t in written for part in (slice(begin), slice(end, None)))
-        own, bound, exact = codes[b, :, begin:end], residual[b, :, begin:end].double(), expected[2][b, :, begin:end]
-        assert (own.int() - expected[0][b, :, begin:end].int()).abs().max() <= 1
-        x = (key[b, :, begin:end].double() - center[b, :, None]) / spread[b, :, None]
-        left_over = (x - scale[b, :, begin:end, None].double() * own.double()).norm(dim=-1)
-        sound = x.isfinite().all(-1) & exact.isfinite()
-        assert (left_over <= bound)[sound].all()
-        # A code that lies between two may be rounded to either side.
-        assert (bound <= 1.02 * exact.double() + 1e-6).all()
-        assert torch.equal(bound.isinf(), exact.isinf())
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])

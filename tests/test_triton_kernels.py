@@ -10,7 +10,6 @@ from operations import INTERPRETED
 
 from nc_patch.ops.triton import launch as triton_launch
 from nc_patch.ops.triton.launch import Tiles
-from nc_patch.selections import Block
 from nc_patch.selections.block import prefill as triton_block
 from nc_patch.selections.block.blocks import stride_by_law
 from nc_patch.selections.topk import threshold as triton_threshold
@@ -85,10 +84,3 @@ def test_chunks_give_every_multiprocessor_work_within_the_memory_allowed(keys):
         assert size <= triton_block.MOST_SCORE_BYTES
         enough = (chunk.last - chunk.first) * 8 >= 4 * 132 or size > triton_block.MOST_SCORE_BYTES // 2
         assert enough or chunk.last == len(widths)
-
-
-def test_page_statistics_that_do_not_fit_the_keys_are_refused():
-    step = Shape("pages", (), queries=1, keys=200, budget=70).case().problem("pages")
-    codes, scales = step.key_index
-    with pytest.raises(ValueError, match="page_codes must be"):
-        Block(16).run(step._replace(key_index=(codes[..., :32], scales)), "triton")
