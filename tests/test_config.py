@@ -141,6 +141,8 @@ CODES, PAGES, MEANS = (KeyIndex.build(KEY, kind, value=KEY) for kind in ("codes"
         ({"index": CODES, "query": torch.zeros(2, 4, 33, 8)}, "at most 32 queries"),
         ({"return_kept_mass": "bounds"}, "come from codes"),
         ({"index": CODES, "return_stats": True}, "every key"),
+        ({"track": True}, "track acts in patched models; leave it out"),
+        ({"is_causal": True}, "option is_causal; allowed are alpha, C, min_keys, dense_below, backend, block_size"),
     ],
 )
 def test_arguments_that_do_not_fit_together_are_refused_with_the_reason(changes, message):
