@@ -157,17 +157,21 @@ class KeyIndexMixin:
         super().reset()  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._nc_follow(lambda index: index.select(beam_idx), "reorder_cache", beam_idx)
+        self._nc_reorder(lambda index: index.select(beam_idx), beam_idx)
+
+    def _nc_reorder(self, change: Callable[[KeyIndex], None], beam_idx: torch.Tensor) -> None:
+        self._nc_follow(change, "reorder_cache", beam_idx)
+        if not self.nc_indexes:
+            self._nc_begins = None
+        elif self._nc_begins:
+            firsts, lasts = torch.tensor(self._nc_begins, device="cpu").view(2, -1)[:, beam_idx.cpu()].tolist()
+            self._nc_begins = (*firsts, *lasts) if any(firsts + lasts) else ()
 
     def _nc_follow(self, change: Callable[[KeyIndex], None], method: str, *arguments: Any) -> None:
         self.nc_check()
         getattr(super(), method)(*arguments)
         for index in self.nc_indexes.values():
             change(index)
-        if method != "crop" and self._nc_begins:  # the rows are others now
-            rows, half = arguments[0].tolist(), len(self._nc_begins) // 2
-            begins = tuple(part[row] for part in (self._nc_begins[:half], self._nc_begins[half:]) for row in rows)
-            self._nc_begins = begins if any(begins) else ()
         self.nc_settle()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -249,7 +253,7 @@ class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         if any(index.is_frozen() for index in self.nc_indexes.values()):
             self.nc_forget()
-        self._nc_follow(lambda index: index.copy_selected_(beam_idx), "reorder_cache", beam_idx)
+        self._nc_reorder(lambda index: index.copy_selected_(beam_idx), beam_idx)
 
 
 # Exactly these classes: a subclass may keep its keys in another form.

@@ -294,9 +294,12 @@ def _selections_of(settings: Mapping[str, Any]) -> dict[str, Selection]:
     return chosen
 
 
-def check_option_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of ``NCConfig`` by name; raises TypeError where a name is none, and lists those that there are."""
-    names = ["alpha", "C", *_PHASES, *_DEFAULTS, *option_owners(), "selection"]
+def check_option_names(settings: dict[str, Any], but: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of ``NCConfig`` by name; raises TypeError where a name is none, and lists those that there are.
+
+    ``but``: those that are not allowed here.
+    """
+    names = [name for name in ("alpha", "C", *_PHASES, *_DEFAULTS, *option_owners(), "selection") if name not in but]
     unknown = [name for name in settings if name not in names]
     if unknown:
         lower = {name.lower(): name for name in names}

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from nc_patch import library
 from nc_patch.common import as_number, autocast_off, cast_for_autocast, check_bool, plain, say_once, shown
-from nc_patch.config import NCConfig, option_owners
+from nc_patch.config import NCConfig, check_option_names
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.derivatives import needs_gradient, refuse_transforms
 from nc_patch.ops.means import PageMeans
@@ -138,10 +138,10 @@ def _config(alpha: Any, C: Any, selection: Any, **options: Any) -> NCConfig:
     given = [name for name in options if name in _ELSEWHERE]
     if given:
         raise TypeError(
-            f"{', '.join(given)} acts in patched models; sparse_attention takes {', '.join(option_owners())}, "
-            "min_keys, dense_below and backend. To measure and act on the kept mass, ask for return_stats or "
-            "return_kept_mass"
+            f"{', '.join(given)} acts in patched models; leave it out. To measure and act on the kept mass, ask "
+            "sparse_attention for return_stats or return_kept_mass"
         )
+    check_option_names(options, but=_ELSEWHERE)
     if selection is None:
         raise ValueError(f"selection must be one of {', '.join(map(repr, selection_names()))}, got None")
     per_head = lambda v: [list(v)] if isinstance(v, Sequence) and not isinstance(v, (str, bytes)) else v  # noqa: E731

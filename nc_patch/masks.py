@@ -166,9 +166,9 @@ def _refuse_right_padding(padding: torch.Tensor) -> None:
 
 
 def _is_token(padding: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Which of the queries at ``position[1, Lq]`` are tokens, bool ``[B, Lq]``."""
+    """Which of the queries at ``position[1, Lq]`` are tokens, bool ``[B, Lq]``; those beyond the padding mask are."""
     length = padding.shape[-1]
-    return torch.gather(pad(padding, (0, 1)), -1, position.clamp(max=length).expand(padding.shape[0], -1))
+    return torch.gather(pad(padding, (0, 1), value=True), -1, position.clamp(max=length).expand(padding.shape[0], -1))
 
 
 # What is recognised: the code of each mask function that masking_utils composes, taken from one made for the purpose.

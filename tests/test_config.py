@@ -95,6 +95,8 @@ REFUSED = [
     (attend, {"index": CODES, "query": torch.zeros(2, 4, 33, 8)}, "at most 32 queries"),
     (attend, {"return_kept_mass": "bounds"}, "come from codes"),
     (attend, {"index": CODES, "return_stats": True}, "every key"),
+    (attend, {"track": True}, "track acts in patched models; leave it out"),
+    (attend, {"is_causal": True}, "option is_causal; allowed are alpha, C, min_keys, dense_below, backend, block_size"),
     (index, {"key": KEY[0]}, "shape"),
     (index, {"kind": "bits"}, "kind must be"),
     (index, {"kind": "means"}, r"needs the values \[2, 2, 30, 'Dv'\] of the keys, got none"),

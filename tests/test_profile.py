@@ -57,6 +57,14 @@ def test_at_mass_gives_each_head_the_keys_that_keep_it_and_beyond_the_lengths_it
         profile.at_mass(1.5)
 
 
+def test_a_layer_that_slides_keeps_what_its_budget_for_the_window_keeps_at_every_length():
+    profile = made_up_profile(windows=(0, 512, 0)).at_mass(0.8)
+    assert (profile.C[1] > 0).all()
+    near, far = profile.kept_mass(512)[0][1], profile.kept_mass(16 * LENGTHS[-1])[0][1]
+    assert near == pytest.approx(0.8, abs=0.05)
+    assert far == pytest.approx(near)
+
+
 def test_a_head_that_needs_nearly_all_keys_becomes_dense():
     profile = made_up_profile()
     kept, error = profile.kept.copy(), profile.error.copy()

@@ -53,6 +53,23 @@ def test_lengths_split_a_mask_of_four_dimensions_and_are_forgotten_after_the_cal
 # Padding
 
 
+@pytest.mark.parametrize("selection", ["topk", "block"])
+def test_tokens_that_the_padding_mask_does_not_reach_see_what_dense_attention_lets_them_see(selection):
+    batch, pieces = left_padded(rows_of(3)), random_ids(3, 6).split([1, 1, 3, 1], 1)
+    settings = {"selection": selection, "block_size": 16}
+    pairs = [(full(**settings), tiny_model("llama")), [small(**settings, key_index=use) for use in ("always", "never")]]
+    for models in pairs:
+        logits = []
+        for model in models:
+            mask, cache = batch["attention_mask"], DynamicCache()
+            with torch.inference_mode():
+                model(**batch, past_key_values=cache)
+                steps = [model(ids, attention_mask=mask, past_key_values=cache).logits for ids in pieces]
+                mask = torch.cat((mask, torch.ones(3, 7).long()), 1)
+                logits.append([*steps, model(pieces[0], attention_mask=mask, past_key_values=cache).logits])
+        assert_close(*logits)
+
+
 @SELECTIONS
 def test_prompt_tuning_before_left_padding_equals_dense_at_a_full_budget_and_trains(selection):
     peft = pytest.importorskip("peft")

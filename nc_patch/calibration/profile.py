@@ -189,12 +189,14 @@ class Profile:
     def kept_mass(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The share of the mass that the laws in force are predicted to keep for a query that sees n keys.
 
-        Beyond the calibrated lengths the measured curve is stretched as the support of each head grows.
+        Where a layer slides it sees no more than the window. Beyond the calibrated lengths the measured curve is
+        stretched as the support of each head grows.
 
         Returns:
             Arrays ``[M, H]``: the estimate and the ends of its 90 % interval.
         """
-        budget = budgets(n, self.alpha, self.C)
+        seen = np.array([min(n, window or n) for window in self.windows])
+        budget = budgets(seen[:, None], self.alpha, self.C)
         middle = self._mass_at(budget, n)
         spread = self._log_spread(n, middle)
         low, high = (self._mass_at(budget * np.exp(sign * spread), n) for sign in (-1, 1))
