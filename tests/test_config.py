@@ -20,8 +20,6 @@ NAN, INF = math.nan, math.inf
 QUERY, KEY = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 30, 8)
 GIVEN = {"query": QUERY, "key": KEY, "value": KEY.clone(), "alpha": 2.0, "C": 0.5}
 CODES, PAGES, MEANS = (KeyIndex.build(KEY, kind, value=KEY) for kind in ("codes", "pages", "means"))
-
-
 read = NCConfig.from_json
 
 

@@ -81,10 +81,6 @@ def places(count: int, wanted: int) -> list[int]:
     return sorted({*range(1, count + 1, max(1, count // wanted)), count})
 
 
-def patched_model(options: dict) -> torch.nn.Module:
-    return patch_model(tiny_model("llama"), 1.0, 0.7, **options)
-
-
 @pytest.mark.parametrize(
     ("error", "new_tokens", "wanted"),
     [
@@ -96,7 +92,7 @@ def patched_model(options: dict) -> torch.nn.Module:
 )
 @EACH_SETTING
 def test_a_decoding_step_or_a_later_piece_of_a_prompt_may_fail_anywhere(settings, error, new_tokens, wanted):
-    model, ids = patched_model(settings), random_ids(2, LENGTH + new_tokens + 1)
+    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **settings), random_ids(2, LENGTH + new_tokens + 1)
     new, next_one, filled = ids[:, LENGTH:-1], ids[:, -1:], DynamicCache()
     logits(model, ids[:, :LENGTH], filled)
     expected, fresh = without_index(model, settings, filled, new), logits(model, ids)
@@ -135,7 +131,7 @@ def test_a_decoding_step_or_a_later_piece_of_a_prompt_may_fail_anywhere(settings
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @EACH_SETTING
 def test_a_cache_is_right_again_once_it_is_reset_after_a_call_that_failed_anywhere(settings, static):
-    model, ids = patched_model(settings), random_ids(1, LENGTH + 1)
+    model, ids = patch_model(tiny_model("llama"), 1.0, 0.7, **settings), random_ids(1, LENGTH + 1)
     # The first call on a dynamic cache, which makes its layers, and a later one on a static cache.
     *before, failing = ids.split([LENGTH, 1], 1) if static else (ids,)
 

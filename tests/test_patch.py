@@ -142,19 +142,6 @@ def test_copies_keep_the_patch_when_the_original_loses_it():
         assert torch.equal(alone(unpatch_model(other), rows)[0], dense[0])
 
 
-def test_models_that_share_a_config_object():
-    first, rows = tiny_model("llama"), rows_of(2)
-    second = LlamaForCausalLM(first.config).eval()
-    second.load_state_dict(first.state_dict())
-    dense = in_a_batch(second, rows)
-    sparse = in_a_batch(patch_model(first, *SMALL, **TOPK), rows)
-    assert_close(in_a_batch(second, rows), dense)
-    patch_model(second, *SMALL, **TOPK)
-    unpatch_model(first)
-    assert all(map(torch.equal, in_a_batch(second, rows), sparse))
-    assert all(map(torch.equal, in_a_batch(unpatch_model(second), rows), dense))
-
-
 def test_a_model_made_from_the_config_of_a_patched_one_runs_dense_and_the_log_says_so(caplog):
     ids, model = random_ids(1, 20), small()
     other = LlamaForCausalLM(copy.deepcopy(model.config)).eval()

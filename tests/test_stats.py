@@ -64,9 +64,7 @@ def test_every_figure_says_what_it_rests_on(options, prefill, decode):
 
 
 @EACH_SETTING
-def test_watching_the_mass_changes_no_output_or_gradient_keeps_no_graph_and_counts_what_is_run_again(
-    settings,
-):
+def test_watching_the_mass_changes_no_number_keeps_no_graph_and_counts_what_is_run_again(settings):
     ids, texts, gradients = random_ids(1, 80), [], []
     watched = [{"on_drop": name, "max_dropped_mass": 0.999} for name in ("warn", "raise", "dense")]
     for options in ({}, *watched, {"track": True}):

@@ -57,9 +57,7 @@ def decode(model, monkeypatch, repeats, static, count):
     ],
     ids=str,
 )
-def test_steps_give_what_they_give_where_each_layer_is_worked_out(
-    monkeypatch, settings, scaling, expected, static, count
-):
+def test_layers_that_repeat_a_step_change_no_number(monkeypatch, settings, scaling, expected, static, count):
     settings = {"alpha": 2.0, "C": 0.5, "dense_below": 0, **settings}
     models = [patch_model(tiny_model("llama", num_hidden_layers=LAYERS), **settings) for _ in range(2)]
     for model in models:
