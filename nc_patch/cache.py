@@ -51,6 +51,9 @@ class KeyIndexMixin:
     # taken in.
     _nc_seen: "tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], tuple[Any, ...]] | None" = None
     _nc_updated: frozenset[str] = frozenset()
+    # The kinds of index that have yet to take in the last keys: in a compiled graph, which cannot look whether keys are
+    # those that indexes describe, this alone says it.
+    nc_awaiting: tuple[str, ...] = ()
     # Where each sequence began and ended when it was last attended, see ``visibility.begins_by``; None if unknown.
     _nc_begins: "tuple[int, ...] | None" = None
     # Of which kinds no index may be kept: a model may attend keys that the layer does not hold, because it computes
@@ -77,7 +80,7 @@ class KeyIndexMixin:
         if self.nc_indexes:
             seen, keys, values = self._nc_seen, self.keys, self.values
             same = seen is not None and keys is not None and seen[0]() is keys and seen[1]() is values
-            if not same or seen[2] != _state(keys, values):  # type: ignore[index, arg-type]
+            if self.nc_awaiting or not same or seen[2] != _state(keys, values):  # type: ignore[index, arg-type]
                 self.nc_forget()
 
     def nc_begin(self, begins: tuple[int, ...] | None) -> None:
@@ -91,7 +94,13 @@ class KeyIndexMixin:
 
     def nc_forget(self) -> None:
         """Drops the indexes; attention builds new ones from the keys."""
-        self.nc_indexes, self._nc_seen = {}, None
+        self.nc_indexes, self._nc_seen, self.nc_awaiting = {}, None, ()
+
+    def nc_await(self) -> None:
+        """To be called before keys come: drops what has not taken in those before, as steps of other settings do."""
+        if self.nc_awaiting:
+            self.nc_indexes = {kind: index for kind, index in self.nc_indexes.items() if kind not in self.nc_awaiting}
+        self.nc_awaiting = tuple(self.nc_indexes)
 
     def nc_update(self, problem: Problem, kind: str, block_size: int, backend: str, later: bool = False) -> KeyIndex:
         """The index of one kind, with the keys of this call; with ``later`` it has room, and who asks takes them in."""
@@ -111,6 +120,7 @@ class KeyIndexMixin:
                 index.extend(key, problem.visible.shape[1], problem.visible[..., 1].amax(-1), problem.value)
         if index is not self.nc_indexes.get(kind):
             self.nc_indexes = {**self.nc_indexes, kind: index}
+        self.nc_awaiting = tuple(other for other in self.nc_awaiting if other != kind)
         if not compiling:  # nothing settles there, and a graph would guard what it left
             self._nc_updated |= {kind}
         return index
@@ -142,7 +152,7 @@ class KeyIndexMixin:
 
     def nc_settle(self) -> None:
         """Takes note that the indexes belong to the keys as they are now."""
-        keys = self.keys
+        keys, self.nc_awaiting = self.keys, ()
         if keys is not None and self.nc_indexes:
             values = self.values
             self._nc_seen = (weakref.ref(keys), weakref.ref(values), _state(keys, values))
@@ -203,6 +213,7 @@ class IndexedDynamicLayer(KeyIndexMixin, DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         room, self._nc_room = self._nc_room, None
+        self.nc_await()
         if torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
         self._nc_seen = None
@@ -242,6 +253,7 @@ class IndexedStaticLayer(KeyIndexMixin, StaticLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.nc_await()
         if not torch.compiler.is_compiling():
             self.nc_filled, self._nc_seen = True, None
         return super().update(key_states, value_states, *args, **kwargs)
@@ -309,7 +321,8 @@ def indexes_of(config: NCConfig, problem: Problem, layer: KeyIndexMixin | None, 
         if layer is None:
             return None
         if torch.compiler.is_compiling():
-            if kind not in layer.nc_indexes:
+            index = layer.nc_indexes.get(kind)
+            if index is None or index.block_size != page_size or not index.fits(problem.key):
                 return None  # what would have to be built waits for a call outside the graph
         elif kind in layer.nc_never:
             return None

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
 from ways import assert_close, full_and_small, generated, small
 
-from nc_patch import patch_model, sparse_attention
+from nc_patch import patch_model, sparse_attention, unpatch_model
 
 # Compiling takes most of the time: no more layers than a family has kinds of. The index makes no other graphs; calls of
 # few keys do.
@@ -112,6 +112,24 @@ def test_compiled_steps_share_a_graph_in_which_layers_share_what_is_worked_out_a
     assert all(layer.nc_indexes for layer in cache.layers)
     for nodes in graphs:
         assert [sum(name in node for node in nodes) for name in ("nc_patch.row_budgets", "nc_patch.decode")] == [1, 2]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("between", [None, ways.BLOCKS], ids=["unpatched", "blocks"])
+def test_a_compiled_step_decodes_by_no_index_that_lacks_keys(between, compiled):
+    model, ids = tiny_model("llama", num_hidden_layers=1), random_ids(1, 71)
+    steps, found = torch.compile(model, backend="eager", fullgraph=True), []
+    for use, forward in (("never", model), ("always", steps)):
+        cache = ways.static_cache(model.config)
+        for first, last, settings in ((0, 50, {}), (50, 70, between), (70, 71, {})):
+            patch_model(model, 1.0, 0.7, **settings or ways.TOPK, key_index=use, dense_below=0)
+            if settings is None:
+                unpatch_model(model)
+            run = forward if first == 70 or (first == 50 and compiled) else model
+            with torch.inference_mode():
+                logits = run(ids[:, first:last], past_key_values=cache, use_cache=True).logits
+        found.append(logits)
+    assert_close(*found)
 
 
 @EACH_PLAIN
