@@ -84,7 +84,7 @@ class Report:
             self.table = _main_table(at, cost, what)
             self.result = _lead(at, self.table, what)
         if len(compared):
-            self.details["effective"] = summary.effective_lengths(measured, compared, within)
+            self.details["effective"] = summary.effective_lengths(compared)
 
     def facts(self) -> str:
         """What was measured on what, in a line."""

@@ -138,15 +138,14 @@ def dense_fails(frame: pd.DataFrame, task: str, length: int) -> bool:
     return task == "recall" and bool(gain < _GAIN_NEEDED)
 
 
-def effective_lengths(summary: pd.DataFrame, compared: pd.DataFrame, within: float) -> pd.DataFrame:
+def effective_lengths(compared: pd.DataFrame) -> pd.DataFrame:
     """The longest context up to which the mean of a method stays within the margin of dense, by task (0 for none).
 
     Lengths where dense fails are left out; ``longest`` is the longest of the others.
     """
-    right = summary[summary["method"] == DENSE].set_index(["task", "length"])["score"].rename("right")
-    own = compared[~compared["dense_fails"]].join(right, on=["task", "length"])
-    over = (own["difference"] / own["right"]).fillna(np.expm1(own["difference"]))
-    inside = (over <= within).groupby([own["task"], own["method"]], observed=True).cummin()
+    own = compared[~compared["dense_fails"]]
+    within = own["difference"] <= own["margin"] + 1e-9  # which a share of answers may miss by rounding
+    inside = within.groupby([own["task"], own["method"]], observed=True).cummin()
     lengths = own.assign(reached=own["length"].where(inside, 0)).groupby(["task", "method"], observed=True)
     return lengths.agg(length=("reached", "max"), longest=("length", "max")).reset_index()
 
