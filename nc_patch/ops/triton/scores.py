@@ -42,8 +42,11 @@ def dot(left, right, acc):
 
 
 @triton.jit
-def dot_scores(queries, keys, offsets, in_range, shape, EDGE: tl.constexpr):
-    """Raw scores q·k in float32 of the keys at ``keys + offsets``; ``EDGE`` reads only those that are ``in_range``."""
+def dot_scores(queries, keys, offsets, in_range, shape, EDGE: tl.constexpr, SIZES: tl.constexpr = False):
+    """Raw scores q·k in float32 of the keys at ``keys + offsets``; ``EDGE`` reads only those that are ``in_range``.
+
+    With ``SIZES`` the sums of the sizes of what a score is a sum of.
+    """
     scores = tl.zeros([queries.rows.shape[0], offsets.shape[0]], dtype=tl.float32)
     if shape.CHUNK_D == shape.BLOCK_D:
         d = tl.arange(0, shape.BLOCK_D)
@@ -54,7 +57,10 @@ def dot_scores(queries, keys, offsets, in_range, shape, EDGE: tl.constexpr):
             tile = tl.load(places)
         else:
             tile = tl.load(places, mask=d[:, None] < shape.D, other=0.0)
-        scores = dot(queries.tile, tile, scores)
+        part = queries.tile
+        if SIZES:
+            part, tile = tl.abs(part), tl.abs(tile)
+        scores = dot(part, tile, scores)
     else:
         for chunk in range(0, shape.D, shape.CHUNK_D):
             d = chunk + tl.arange(0, shape.CHUNK_D)
@@ -62,6 +68,8 @@ def dot_scores(queries, keys, offsets, in_range, shape, EDGE: tl.constexpr):
             part = tl.load(queries.rows[:, None] + d[None, :], mask=queries.valid[:, None] & inside[None, :], other=0.0)
             places = keys + (offsets[None, :] + d[:, None])
             tile = tl.load(places, mask=inside[:, None] & in_range[None, :], other=0.0)
+            if SIZES:
+                part, tile = tl.abs(part), tl.abs(tile)
             scores = dot(part, tile, scores)
     return scores
 
