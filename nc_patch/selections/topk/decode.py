@@ -128,15 +128,16 @@ def _decode_at_once(launches: Launches, splits: int, kept: dict[int, Any], probl
     output = launches(kept, problem, arguments)
     if problem.bounds:
         scratch = arguments["scratch"]
-        masses = scratch.floats[scratch.masses :][: math.prod(launches.rows) * splits * 12]
-        bounds = _kept_mass_bounds(masses.view(*launches.rows, splits, 3, 2, 2), visible)
+        masses = scratch.floats[scratch.masses :][: math.prod(launches.rows) * splits * 9]
+        bounds = _kept_mass_bounds(masses.view(*launches.rows, splits, 3, 3), visible)
     return AttentionResult(output, lse, kept_mass_bounds=bounds)
 
 
 def _kept_mass_bounds(masses: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Bounds ``[B, Hq, Lq, 2]`` of the kept mass from ``[B, Hq, Lq, splits, 3, 2, 2]``, ``Masses`` of three kinds."""
-    peak, total = masses.double().unbind(-1)
-    unlisted, kept, others = (math.log(2) * (peak + total.log2())).logsumexp(3).unbind(3)
+    """Bounds ``[B, Hq, Lq, 2]`` of the kept mass from ``[B, Hq, Lq, splits, 3, 3]``, ``Masses`` of three kinds."""
+    peak, least, most = masses.double().unbind(-1)
+    totals = torch.stack((least.masked_fill(peak == math.inf, 0), most), -1)
+    unlisted, kept, others = (math.log(2) * (peak[..., None] + totals.log2())).logsumexp(3).unbind(3)
     # At least so much is kept of what the others are at most, and the other way round.
     share = torch.sigmoid(kept - torch.logaddexp(unlisted, others).flip(-1))
     lower = share[..., 0].nan_to_num(nan=0.0) * (1 - _SUM_SLACK) - _SMALLEST_MASS

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from nc_patch.ops.triton.rows import attended_keys, head_of, program_rows, select_keys, span
 from nc_patch.ops.triton.scores import accumulate_run, dot, empty_softmax, fold, load_queries, logits_base2, score_run
-from nc_patch.ops.triton.split import MOST_ARRIVALS, finish_part, write_joined
+from nc_patch.ops.triton.split import finish_part, write_joined
 from nc_patch.ops.triton.structs import PER_CALL, Limits, Softmax
 from nc_patch.ops.triton.tail import PAGE, pages_of_rows
 from nc_patch.selections.topk.scan import add_masses, entries_at, entries_of, no_masses, store_masses
@@ -25,8 +25,7 @@ def gather_kernel(
     The last part writes the results. ``join_shape`` is ``shape`` with no more rows than a block has.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
-    block = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     softmax = empty_softmax(shape)
     if part < splits:
         limits = Limits(scratch.floats + scratch.threshold, scratch.integers + scratch.ties_end)
@@ -40,10 +39,8 @@ def gather_kernel(
         softmax = gather_pages(
             softmax, queries, means, rows, begin, counts, part - splits, parts - splits, settings, shape
         )  # fmt: skip
-    partial = Softmax(scratch.floats + scratch.acc, scratch.floats + scratch.peak, scratch.floats + scratch.total)
-    arrivals = scratch.integers + scratch.arrivals + block * MOST_ARRIVALS
     joining = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, join_shape.BLOCK_M)
-    last, softmax = finish_part(partial, rows, softmax, part, parts, arrivals, shape, joining, join_shape)
+    last, softmax = finish_part(scratch, block, rows, softmax, part, parts, shape, joining, join_shape)
     if last:
         write_joined(softmax, joining, sinks, joining.wanted, output, lse, None, join_shape)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.triton.rows import budget_of, forced_keys, head_of, program_rows, row_pointers, span, visible_keys
-from nc_patch.ops.triton.scores import dot_scores, fold, load_queries, logits_base2
+from nc_patch.ops.triton.scores import dot_scores, finite_or_zero, fold, load_queries, logits_base2
 from nc_patch.ops.triton.structs import PER_CALL, Rows
 from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import HALF_ULP, LARGEST, SMALLEST
@@ -50,16 +50,9 @@ class CodedRows(NamedTuple):
 Sought = namedtuple("Sought", "first last least")
 
 
-class Masses(NamedTuple):
-    """Sums of exponentials of each row, at least and at most, of keys whose scores are known from both sides.
-
-    Each is the largest logit in base 2, and the sum over ``2**finite_or_zero(peak)``.
-    """
-
-    least_peak: Any
-    least_total: Any
-    most_peak: Any
-    most_total: Any
+# Sums of exponentials of each row, at least and at most, of keys whose scores are known from both sides: both over
+# ``2**peak``, the largest that one may be. Where that is infinite the least is not known.
+Masses = namedtuple("Masses", "peak least most")
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "length", "splits", "segment", "again"])
@@ -297,9 +290,8 @@ def coded_scores(coded, product, sizes):
 @triton.jit
 def no_masses(BLOCK_M: tl.constexpr):
     """The ``Masses`` of no key."""
-    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    return Masses(peak, total, peak, total)
+    none = tl.zeros([BLOCK_M], dtype=tl.float32)
+    return Masses(none - float("inf"), none, none)
 
 
 @triton.jit
@@ -317,16 +309,15 @@ def add_masses(masses, score, error, among, settings):
     upper += (tl.abs(upper) + limit) * _LOGIT_SLACK
     lower = tl.where(among & (lower == lower), lower, float("-inf"))
     upper = tl.where(among, tl.where(upper == upper, upper, float("inf")), float("-inf"))
-    least_peak, least_total, _weights, _shrink = fold(lower, masses.least_peak, masses.least_total)
-    most_peak, most_total, _weights, _shrink = fold(upper, masses.most_peak, masses.most_total)
-    return Masses(least_peak, least_total, most_peak, most_total)
+    peak, most, _weights, shrink = fold(upper, masses.peak, masses.most)
+    least = masses.least * shrink + tl.sum(tl.exp2(lower - finite_or_zero(peak)[:, None]), axis=1)
+    return Masses(peak, least, most)
 
 
 @triton.jit
 def store_masses(scratch, rows, splits, kind, masses):
     """Stores a split's ``Masses`` of one of three kinds: of keys not listed, of keys attended, of the other entries."""
-    at = scratch.floats + scratch.masses + ((rows.row * splits + tl.program_id(1)) * 3 + kind) * 4
-    tl.store(at, masses.least_peak, mask=rows.valid)
-    tl.store(at + 1, masses.least_total, mask=rows.valid)
-    tl.store(at + 2, masses.most_peak, mask=rows.valid)
-    tl.store(at + 3, masses.most_total, mask=rows.valid)
+    at = scratch.floats + scratch.masses + ((rows.row * splits + tl.program_id(1)) * 3 + kind) * 3
+    tl.store(at, masses.peak, mask=rows.valid)
+    tl.store(at + 1, masses.least, mask=rows.valid)
+    tl.store(at + 2, masses.most, mask=rows.valid)
