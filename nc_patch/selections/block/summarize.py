@@ -79,8 +79,8 @@ def summarize_kernel(key, origin, first, end, statistics, num_kv_heads, N, store
     number = tl.maximum(changed - begin, 0) // page.BLOCK_SIZE + tl.program_id(0)
     first = begin + number * page.BLOCK_SIZE
     if (first < changed + count) & (number < stored_pages) & (first + page.BLOCK_SIZE <= stop):
-        keys = head_of(key, batch, sequence % num_kv_heads)
-        summarize_page(keys, heads_of_pages(statistics, stored_pages, page), 0, sequence, number, first, page)
+        keys, pages = head_of(key, batch, sequence % num_kv_heads), heads_of_pages(statistics, 0, stored_pages, page)
+        summarize_page(keys, pages, 0, sequence, number, first, page)
 
 
 def triton_summarize_slots_(
@@ -108,11 +108,12 @@ def summarize_slots_kernel(key, statistics, slots, page):
 
 
 @triton.jit
-def heads_of_pages(statistics, stored_pages, page):
-    """The contiguous statistics of so many pages of each head as ``Heads``, as if all sequences were one."""
+def heads_of_pages(statistics, num_kv_heads, stored_pages, page):
+    """The contiguous statistics of so many pages of each head as ``Heads``; with no heads as if sequences were one."""
     rows = tl.cast(stored_pages, tl.int64) * _VECTORS
-    codes = Heads(statistics.codes, 0, rows * page.D, _VECTORS * page.D)
-    return PageStatistics(codes, Heads(statistics.scales, 0, rows, _VECTORS))  # type: ignore[arg-type]
+    codes = Heads(statistics.codes, num_kv_heads * rows * page.D, rows * page.D, _VECTORS * page.D)
+    scales = Heads(statistics.scales, num_kv_heads * rows, rows, _VECTORS)
+    return PageStatistics(codes, scales)  # type: ignore[arg-type]
 
 
 @triton.jit

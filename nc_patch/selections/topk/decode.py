@@ -61,20 +61,16 @@ def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Cal
 
 def _decode_halves(sink_keys: int, recent_keys: int, _: Any, problem: Problem) -> AttentionResult:
     """Decodes one half of the sequences, or of the queries of one, and then the other."""
-    B, Lq = problem.visible.shape[:2]
-    middle = -(-(B if B > 1 else Lq) // 2)
+    several = len(problem.visible) > 1
+    # The axis along which each tensor is divided, if at all.
+    axes = [0] * 6 if several else [2, None, None, 1, 1, 2]
+    axes += [None] * (problem.sinks is not None) + [axes[1]] * len(problem.kept())
+    whole, numbers = zip(problem.tensors(), axes, strict=True), [problem.scale, problem.softcap]
     results = []
-    for half in (slice(middle), slice(middle, None)):
-        of, at = (half, slice(None)) if B > 1 else (slice(None), half)
-        part = problem._replace(
-            query=problem.query[of, :, at], key=problem.key[of], value=problem.value[of],
-            visible=problem.visible[of, at], origin=problem.origin[of, at], budget=problem.budget[of, :, at],
-            key_index=tuple(t[of] for t in problem.key_index),
-            means=None if problem.means is None else PageMeans(*(t[of] for t in problem.means)),
-        )  # fmt: skip
-        results.append(bound_topk_decode(part, sink_keys, recent_keys)(part))
-    axis = 0 if B > 1 else 2
-    joined = (None if each[0] is None else torch.cat(each, axis) for each in zip(*results, strict=True))
+    for tensors in zip(*((t, t) if axis is None else t.chunk(2, axis) for t, axis in whole), strict=True):
+        half = Problem.unflatten([*tensors], numbers, problem.flags(), problem.most)
+        results.append(bound_topk_decode(half, sink_keys, recent_keys)(half))
+    joined = (None if each[0] is None else torch.cat(each, 0 if several else 2) for each in zip(*results, strict=True))
     return AttentionResult._make(joined)
 
 
