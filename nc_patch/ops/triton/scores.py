@@ -136,10 +136,16 @@ def accumulate_run(softmax, logits, values, begin, in_range, shape):
     The values of one head (``Matrix``) from ``begin`` on that are ``in_range`` are loaded after the logits are folded:
     fewer registers.
     """
+    offsets = tl.arange(0, shape.BLOCK_N) * values.stride
+    return accumulate(softmax, logits, values.data + tl.cast(begin, tl.int64) * values.stride, offsets, in_range, shape)
+
+
+@triton.jit
+def accumulate(softmax, logits, values, offsets, in_range, shape):
+    """``accumulate_run`` of the values at ``values + offsets``."""
     peak, total, weights, shrink = fold(logits, softmax.peak, softmax.total)
     dv = tl.arange(0, shape.BLOCK_DV)
-    places = tl.cast(begin, tl.int64) * values.stride
-    places = values.data + places + ((tl.arange(0, shape.BLOCK_N) * values.stride)[:, None] + dv[None, :])
+    places = values + (offsets[:, None] + dv[None, :])
     tile = tl.load(places, mask=in_range[:, None] & (dv[None, :] < shape.DV), other=0.0)
     return Softmax(dot(weights.to(tile.dtype), tile, softmax.acc * shrink[:, None]), peak, total)
 

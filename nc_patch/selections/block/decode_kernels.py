@@ -103,8 +103,7 @@ def page_scores(queries, codes, scales, in_range, scale, shape):
     Two: that of the key apart, and ``q.mean + scale / 2 * q^2.variance`` of the others.
     """
     far = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
-    along = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
-    spread = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
+    along, spread = far, far
     far_scale = tl.load(scales, mask=in_range, other=0.0)[None, :]
     mean_scale = tl.load(scales + 1, mask=in_range, other=0.0)[None, :]
     deviation = tl.load(scales + 2, mask=in_range, other=0.0)[None, :]

@@ -112,15 +112,13 @@ def _decoder(problem: Problem, sink_keys: int, recent_keys: int) -> Decoder:
 def _decode_at_once(launches: Launches, splits: int, kept: dict[int, Any], problem: Problem) -> AttentionResult:
     """Decodes a problem all at once."""
     query, _, _, visible, origin, budget = problem[:6]
-    means, lse, bounds = problem.means, None, None
+    means, lse, bounds = None, None, None
     if problem.stats or problem.bounds:
         lse = query.new_empty(launches.rows, dtype=torch.float32)
-    arguments: dict[str, Any] = {"codes": KeyCodes(*problem.key_index), "lse": lse}
-    if means is None:
-        arguments["means"], arguments["inputs"] = None, RowInputs(visible, budget)
-    else:
-        arguments["means"] = PageMeans(*map(heads, means))  # type: ignore[arg-type]
-        arguments["inputs"] = RowInputs(visible, budget, origin)
+    if problem.means is not None:
+        means = PageMeans(*map(heads, problem.means))  # type: ignore[arg-type]
+    inputs = RowInputs(visible, budget, None if means is None else origin)
+    arguments = {"codes": KeyCodes(*problem.key_index), "means": means, "inputs": inputs, "lse": lse}
     output = launches(kept, problem, arguments)
     if problem.bounds:
         scratch = arguments["scratch"]
