@@ -63,8 +63,9 @@ def _decode_halves(sink_keys: int, recent_keys: int, _: Any, problem: Problem) -
     """Decodes one half of the sequences, or of the queries of one, and then the other."""
     several = len(problem.visible) > 1
     # The axis along which each tensor is divided, if at all.
-    axes = [0] * 6 if several else [2, None, None, 1, 1, 2]
-    axes += [None] * (problem.sinks is not None) + [axes[1]] * len(problem.kept())
+    axes: list[int | None] = [0] * 6 if several else [2, None, None, 1, 1, 2]
+    axes.extend([None] * (problem.sinks is not None))
+    axes.extend([axes[1]] * len(problem.kept()))
     whole, numbers = zip(problem.tensors(), axes, strict=True), [problem.scale, problem.softcap]
     results = []
     for tensors in zip(*((t, t) if axis is None else t.chunk(2, axis) for t, axis in whole), strict=True):
@@ -118,7 +119,7 @@ def _decode_at_once(launches: Launches, splits: int, kept: dict[int, Any], probl
     if problem.means is not None:
         means = PageMeans(*map(heads, problem.means))  # type: ignore[arg-type]
     inputs = RowInputs(visible, budget, None if means is None else origin)
-    arguments = {"codes": KeyCodes(*problem.key_index), "means": means, "inputs": inputs, "lse": lse}
+    arguments: dict[str, Any] = {"codes": KeyCodes(*problem.key_index), "means": means, "inputs": inputs, "lse": lse}
     output = launches(kept, problem, arguments)
     if problem.bounds:
         scratch = arguments["scratch"]
