@@ -46,22 +46,25 @@ def triton_summarize_pages_(
     key: torch.Tensor, origin: torch.Tensor, first: torch.Tensor, count: int, end: torch.Tensor,
     statistics: PageStatistics, block_size: int,
 ) -> None:  # fmt: skip
-    """``pages.update_pages_`` in one launch, of contiguous statistics, as those of an index are.
+    """``pages.update_pages_`` in one launch; statistics that are not contiguous are copied, and copied back.
 
     Where a page's keys do not fit into registers they are read several times.
     """
     (B, Hkv, N, D), pages = key.shape, statistics.codes.shape[2]
-    assert all(tensor.is_contiguous() for tensor in statistics)
+    dense = PageStatistics(*(tensor.contiguous() for tensor in statistics))
     touched = (count + block_size - 2) // block_size + 1 if count > 0 else 0
     if touched == 0 or B * Hkv * D == 0:
         return
     with on_device(key.device):
         summarize_kernel[(touched, B * Hkv)](
             key=heads(dense_last(key)), origin=origin.contiguous(), first=first.contiguous(), end=end.contiguous(),
-            statistics=statistics, num_kv_heads=Hkv, N=N, stored_pages=pages, count=count,
+            statistics=dense, num_kv_heads=Hkv, N=N, stored_pages=pages, count=count,
             page=page_shape_of(D, block_size),
             **compile_options(score_tiles(key.dtype, D), architecture_of(key.device)),
         )  # fmt: skip
+    for given, written in zip(statistics, dense, strict=True):
+        if written is not given:
+            given.copy_(written)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "N", "stored_pages", "count"])
