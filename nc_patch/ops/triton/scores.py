@@ -42,8 +42,11 @@ def dot(left, right, acc):
 
 
 @triton.jit
-def dot_scores(queries, keys, offsets, in_range, shape, EDGE: tl.constexpr):
-    """Raw scores q·k in float32 of the keys at ``keys + offsets``; ``EDGE`` reads only those that are ``in_range``."""
+def dot_scores(queries, keys, offsets, in_range, shape, EDGE: tl.constexpr, SIZES: tl.constexpr = False):
+    """Raw scores q·k in float32 of the keys at ``keys + offsets``; ``EDGE`` reads only those that are ``in_range``.
+
+    With ``SIZES`` the sums of the sizes of what a score is a sum of.
+    """
     scores = tl.zeros([queries.rows.shape[0], offsets.shape[0]], dtype=tl.float32)
     if shape.CHUNK_D == shape.BLOCK_D:
         d = tl.arange(0, shape.BLOCK_D)
@@ -54,7 +57,10 @@ def dot_scores(queries, keys, offsets, in_range, shape, EDGE: tl.constexpr):
             tile = tl.load(places)
         else:
             tile = tl.load(places, mask=d[:, None] < shape.D, other=0.0)
-        scores = dot(queries.tile, tile, scores)
+        part = queries.tile
+        if SIZES:
+            part, tile = tl.abs(part), tl.abs(tile)
+        scores = dot(part, tile, scores)
     else:
         for chunk in range(0, shape.D, shape.CHUNK_D):
             d = chunk + tl.arange(0, shape.CHUNK_D)
@@ -62,6 +68,8 @@ def dot_scores(queries, keys, offsets, in_range, shape, EDGE: tl.constexpr):
             part = tl.load(queries.rows[:, None] + d[None, :], mask=queries.valid[:, None] & inside[None, :], other=0.0)
             places = keys + (offsets[None, :] + d[:, None])
             tile = tl.load(places, mask=inside[:, None] & in_range[None, :], other=0.0)
+            if SIZES:
+                part, tile = tl.abs(part), tl.abs(tile)
             scores = dot(part, tile, scores)
     return scores
 
@@ -128,10 +136,16 @@ def accumulate_run(softmax, logits, values, begin, in_range, shape):
     The values of one head (``Matrix``) from ``begin`` on that are ``in_range`` are loaded after the logits are folded:
     fewer registers.
     """
+    offsets = tl.arange(0, shape.BLOCK_N) * values.stride
+    return accumulate(softmax, logits, values.data + tl.cast(begin, tl.int64) * values.stride, offsets, in_range, shape)
+
+
+@triton.jit
+def accumulate(softmax, logits, values, offsets, in_range, shape):
+    """``accumulate_run`` of the values at ``values + offsets``."""
     peak, total, weights, shrink = fold(logits, softmax.peak, softmax.total)
     dv = tl.arange(0, shape.BLOCK_DV)
-    places = tl.cast(begin, tl.int64) * values.stride
-    places = values.data + places + ((tl.arange(0, shape.BLOCK_N) * values.stride)[:, None] + dv[None, :])
+    places = values + (offsets[:, None] + dv[None, :])
     tile = tl.load(places, mask=in_range[:, None] & (dv[None, :] < shape.DV), other=0.0)
     return Softmax(dot(weights.to(tile.dtype), tile, softmax.acc * shrink[:, None]), peak, total)
 

@@ -90,14 +90,16 @@ def join_parts(parts, valid, first, step, count, shape):
 
 
 @triton.jit
-def finish_part(parts, rows, softmax, part, count, arrivals, shape, join_rows, join_shape):
+def finish_part(scratch, block, rows, softmax, part, count, shape, join_rows, join_shape):
     """(whether this program is the last of ``count``, the ``Softmax`` of all parts of its rows).
 
-    Each program comes here with its ``part``. The last one of every ``GROUP`` parts joins these, and the last of those
-    the groups, so that neither has many to read one after another. ``join_rows`` are the same rows in a tile of
-    ``join_shape``, which may have room for fewer. ``arrivals`` points to ``MOST_ARRIVALS`` int32, zero before the
-    launch.
+    Each program of a block of rows comes here with its ``part``. The last one of every ``GROUP`` parts joins these, and
+    the last of those the groups, so that neither has many to read one after another. ``join_rows`` are the same rows in
+    a tile of ``join_shape``, which may have room for fewer. In the scratch memory there is room for the parts of all
+    rows, and there are ``MOST_ARRIVALS`` ``arrivals`` for each block, zero before the launch.
     """
+    parts = Softmax(scratch.floats + scratch.acc, scratch.floats + scratch.peak, scratch.floats + scratch.total)
+    arrivals = scratch.integers + scratch.arrivals + block * MOST_ARRIVALS
     store_part(parts, rows.valid, softmax, rows.row * count + part, shape)
     group = part // GROUP
     first = join_rows.row * count + group * GROUP

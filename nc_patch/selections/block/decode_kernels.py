@@ -57,21 +57,15 @@ def place_of_page(table, batch, number, there, PAGES: tl.constexpr):
 
 
 @triton.jit
-def offsets_of(tensor, place, CELLS: tl.constexpr):
-    """Offsets of keys, or of pages, from ``begin_of`` their head: of a sequence, or of blocks of ``CELLS``."""
+def located(tensor, seen, place, CELLS: tl.constexpr):
+    """Where a head's keys, or pages, of a sequence or in blocks of ``CELLS`` begin, and the offsets of some of them."""
+    begin = tensor.data + seen.kv_head * tensor.stride_h
     if CELLS == 0:
+        begin += seen.batch * tensor.stride_b
         offsets = place.to(tl.int64) * tensor.stride_l
     else:
         offsets = (place // CELLS).to(tl.int64) * tensor.stride_b + (place % CELLS).to(tl.int64) * tensor.stride_l
-    return offsets
-
-
-@triton.jit
-def begin_of(tensor, batch, head, CELLS: tl.constexpr):
-    """Where the keys or the pages of a head begin, for ``offsets_of``."""
-    if CELLS > 0:
-        batch = 0
-    return head_of(tensor, batch, head).data
+    return begin, offsets
 
 
 @triton.jit
@@ -109,8 +103,7 @@ def page_scores(queries, codes, scales, in_range, scale, shape):
     Two: that of the key apart, and ``q.mean + scale / 2 * q^2.variance`` of the others.
     """
     far = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
-    along = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
-    spread = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
+    along, spread = far, far
     far_scale = tl.load(scales, mask=in_range, other=0.0)[None, :]
     mean_scale = tl.load(scales + 1, mask=in_range, other=0.0)[None, :]
     deviation = tl.load(scales + 2, mask=in_range, other=0.0)[None, :]
@@ -152,7 +145,7 @@ def score_pages_kernel(
     split = tl.program_id(1)
     pages: tl.constexpr = page.KEYS // page.BLOCK_SIZE
     if table is None:
-        statistics = heads_of_pages(statistics, stored_pages, page)
+        statistics = heads_of_pages(statistics, num_kv_heads, stored_pages, page)
     if split <= splits:
         seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
         rows = group_rows(seen, group, shape)
@@ -163,11 +156,6 @@ def score_pages_kernel(
         total = tl.zeros([shape.BLOCK_M], dtype=tl.float32)
         own = tl.minimum(seen.pages, width) - 1
         if split < splits:
-            head = seen.kv_head
-            if table is None:
-                head += seen.batch * num_kv_heads
-            all_codes = head_of(statistics.codes, 0, head).data
-            all_scales = head_of(statistics.scales, 0, head).data
             share = (own + splits * shape.BLOCK_N - 1) // (splits * shape.BLOCK_N)
             stop = tl.minimum((split + 1) * share * shape.BLOCK_N, own)
             for tile in range(share):
@@ -176,9 +164,11 @@ def score_pages_kernel(
                 first = seen.begin + (seen.low + n) * page.BLOCK_SIZE
                 size = tl.minimum(first + page.BLOCK_SIZE, seen.end) - tl.maximum(first, seen.start)
                 place = place_of_page(table, seen.batch, seen.low + n, in_range, pages)
-                codes = all_codes + offsets_of(statistics.codes, place, pages)
-                scales = all_scales + offsets_of(statistics.scales, place, pages)
-                far, rest = page_scores(queries, codes, scales, in_range, settings.scale, shape)
+                codes, code_offsets = located(statistics.codes, seen, place, pages)
+                scales, scale_offsets = located(statistics.scales, seen, place, pages)
+                far, rest = page_scores(
+                    queries, codes + code_offsets, scales + scale_offsets, in_range, settings.scale, shape
+                )  # fmt: skip
                 far = logits_base2(far, settings)
                 others = tl.log2(tl.maximum(size - 1, 1).to(tl.float32))
                 others = tl.where(size > 1, others, float("-inf"))
@@ -194,9 +184,9 @@ def score_pages_kernel(
             position = seen.begin + last * page.BLOCK_SIZE + tl.arange(0, page.BLOCK_K)
             last = place_of_page(table, seen.batch, last, own >= 0, pages)
             place = seen.begin + last * page.BLOCK_SIZE + tl.arange(0, page.BLOCK_K)
-            keys = begin_of(key, seen.batch, seen.kv_head, page.KEYS)
+            keys, offsets = located(key, seen, place, page.KEYS)
             in_page = (position >= seen.start) & (position < seen.end)
-            raw = dot_scores(queries, keys, offsets_of(key, place, page.KEYS), in_page, shape, True)
+            raw = dot_scores(queries, keys, offsets, in_page, shape, True)
             logits = logits_base2(raw, settings)
             peak, total, _weights, _shrink = fold(tl.where(in_page[None, :], logits, float("-inf")), peak, total)
             exact = finite_or_zero(peak) + tl.log2(total)
@@ -215,8 +205,8 @@ def score_pages_kernel(
             completed = tl.maximum(end - 1 - begin, 0) // page.BLOCK_SIZE
             first = begin + completed * page.BLOCK_SIZE
             if (completed < stored_pages) & (first + page.BLOCK_SIZE <= tl.minimum(end, Lk)):
-                keys = head_of(key, batch, (number % num_kv_heads).to(tl.int64))
-                summarize_page(keys, statistics, 0, number.to(tl.int64), completed, first, page)
+                kv_head = (number % num_kv_heads).to(tl.int64)
+                summarize_page(head_of(key, batch, kv_head), statistics, batch, kv_head, completed, first, page)
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "width", "splits", "capacity", "blocks"])
@@ -308,8 +298,6 @@ def attend_pages_kernel(
     seen = load_seen(inputs, number, num_kv_heads, Lq, Lk, page.BLOCK_SIZE)
     rows = group_rows(seen, group, shape)
     queries = load_queries(query, rows, shape)
-    keys = begin_of(key, seen.batch, seen.kv_head, page.KEYS)
-    values = begin_of(value, seen.batch, seen.kv_head, page.KEYS)
     dv = tl.arange(0, shape.BLOCK_DV)
     count = tl.load(scratch.integers + scratch.count + number * 2)
     share = (count + splits - 1) // splits
@@ -331,10 +319,12 @@ def attend_pages_kernel(
         there = offset < keys_left
         if page.KEYS == 0:
             there = there & (place >= seen.start) & (place < seen.end)
-        raw = dot_scores(queries, keys, offsets_of(key, place, page.KEYS), there, shape, True)
+        keys, key_offsets = located(key, seen, place, page.KEYS)
+        values, value_offsets = located(value, seen, place, page.KEYS)
+        raw = dot_scores(queries, keys, key_offsets, there, shape, True)
         logits = tl.where(there[None, :], logits_base2(raw, settings), float("-inf"))
         tile_values = tl.load(
-            values + (offsets_of(value, place, page.KEYS)[:, None] + dv[None, :]),
+            values + (value_offsets[:, None] + dv[None, :]),
             mask=there[:, None] & (dv[None, :] < shape.DV),
             other=0.0,
         )

@@ -79,8 +79,8 @@ def summarize_kernel(key, origin, first, end, statistics, num_kv_heads, N, store
     number = tl.maximum(changed - begin, 0) // page.BLOCK_SIZE + tl.program_id(0)
     first = begin + number * page.BLOCK_SIZE
     if (first < changed + count) & (number < stored_pages) & (first + page.BLOCK_SIZE <= stop):
-        keys = head_of(key, batch, sequence % num_kv_heads)
-        summarize_page(keys, heads_of_pages(statistics, stored_pages, page), 0, sequence, number, first, page)
+        keys, pages = head_of(key, batch, sequence % num_kv_heads), heads_of_pages(statistics, 0, stored_pages, page)
+        summarize_page(keys, pages, 0, sequence, number, first, page)
 
 
 def triton_summarize_slots_(
@@ -108,11 +108,12 @@ def summarize_slots_kernel(key, statistics, slots, page):
 
 
 @triton.jit
-def heads_of_pages(statistics, stored_pages, page):
-    """The contiguous statistics of so many pages of each head as ``Heads``, as if all sequences were one."""
+def heads_of_pages(statistics, num_kv_heads, stored_pages, page):
+    """The contiguous statistics of so many pages of each head as ``Heads``; with no heads as if sequences were one."""
     rows = tl.cast(stored_pages, tl.int64) * _VECTORS
-    codes = Heads(statistics.codes, 0, rows * page.D, _VECTORS * page.D)
-    return PageStatistics(codes, Heads(statistics.scales, 0, rows, _VECTORS))  # type: ignore[arg-type]
+    codes = Heads(statistics.codes, num_kv_heads * rows * page.D, rows * page.D, _VECTORS * page.D)
+    scales = Heads(statistics.scales, num_kv_heads * rows, rows, _VECTORS)
+    return PageStatistics(codes, scales)  # type: ignore[arg-type]
 
 
 @triton.jit
@@ -149,32 +150,23 @@ def summarize_page(keys, statistics, batch, head, number, first, page):
     # Of equals the first.
     far = tl.min(tl.where(distance == tl.max(distance, axis=0), k, page.BLOCK_K), axis=0)
     other = exists & (k != far)
-    far_step = unit * 0.0
-    mean_step = unit * 0.0
-    variance_step = unit * 0.0
+    v = tl.arange(0, 4)
+    step = tl.zeros([4], dtype=tl.float32)
     for channel in range(0, D, page.CHANNELS):
         tile = load_scaled(rows, exists, channel, unit, page)
-        apart, mean, variance = vectors(tile, k, far, other, others)
-        far_step = tl.maximum(far_step, tl.max(tl.abs(apart), axis=0))
-        mean_step = tl.maximum(mean_step, tl.max(tl.abs(mean), axis=0))
-        variance_step = tl.maximum(variance_step, tl.max(variance, axis=0))
-    far_step = far_step / _LARGEST_CODE
-    mean_step = mean_step / _LARGEST_CODE
-    variance_step = variance_step / _LARGEST_CODE
+        step = tl.maximum(step, tl.max(tl.abs(vectors(tile, k, far, other, others)), axis=1) / _LARGEST_CODE)
     codes = head_of(statistics.codes, batch, head)
     codes = codes.data + number * codes.stride
     for channel in range(0, D, page.CHANNELS):
         d = channel + tl.arange(0, page.CHANNELS)
         tile = load_scaled(rows, exists, channel, unit, page)
-        apart, mean, variance = vectors(tile, k, far, other, others)
-        tl.store(codes + d, encode(apart, far_step), mask=d < D)
-        tl.store(codes + D + d, encode(mean, mean_step), mask=d < D)
-        tl.store(codes + 2 * D + d, encode(variance, variance_step), mask=d < D)
+        code = tl.div_rn(vectors(tile, k, far, other, others), tl.where(step > 0.0, step, 1.0)[:, None])
+        code = tl.minimum(tl.maximum(tl.floor(code + 0.5), -_LARGEST_CODE), _LARGEST_CODE).to(tl.int8)
+        tl.store(codes + (v * D)[:, None] + d[None, :], code, mask=(v < _VECTORS)[:, None] & (d < D)[None, :])
     scales = head_of(statistics.scales, batch, head)
     scales = scales.data + number * scales.stride
-    tl.store(scales, tl.where(sound, far_step * unit, float("nan")))
-    tl.store(scales + 1, tl.where(sound, mean_step * unit, float("nan")))
-    tl.store(scales + 2, tl.where(sound, tl.sqrt(variance_step) * unit, float("nan")))
+    scale = tl.where(sound, tl.where(v == 2, tl.sqrt(step), step) * unit, float("nan"))
+    tl.store(scales + v, scale, mask=v < _VECTORS)
 
 
 @triton.jit
@@ -195,16 +187,10 @@ def load_scaled(rows, exists, first_channel, unit, page):
 
 @triton.jit
 def vectors(tile, k, far, other, others):
-    """Of each channel of a tile of keys: the key apart, and mean and variance of the others."""
+    """``[4, CHANNELS]``: the key apart, mean and variance of the others, and zeros."""
     apart = tl.sum(tl.where((k == far)[:, None], tile, 0.0), axis=0)
     mean = tl.sum(tl.where(other[:, None], tile, 0.0), axis=0) / others
     off = tl.where(other[:, None], tile - mean[None, :], 0.0)
-    return apart, mean, tl.sum(off * off, axis=0) / others
-
-
-@triton.jit
-def encode(vector, step):
-    """Codes of a vector."""
-    level = tl.floor(tl.div_rn(vector, tl.zeros_like(vector) + tl.where(step > 0.0, step, 1.0)) + 0.5)
-    level = tl.where(step > 0.0, level, 0.0)
-    return tl.minimum(tl.maximum(level, -_LARGEST_CODE), _LARGEST_CODE).to(tl.int8)
+    variance = tl.sum(off * off, axis=0) / others
+    v = tl.arange(0, 4)[:, None]
+    return tl.where(v == 0, apart[None, :], tl.where(v == 1, mean[None, :], tl.where(v == 2, variance[None, :], 0.0)))

@@ -75,8 +75,13 @@ def encode_keys(
     largest = x.abs().amax(-1)
     scale = torch.where(largest < SMALLEST, 0.0, largest / LARGEST_CODE)
     codes = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
-    residual = torch.where(sound, _norm(x - scale[..., None] * codes, largest), torch.inf)
-    return codes.to(torch.int8), scale, residual
+    left_over = x - scale[..., None] * codes
+    # Squares are taken of numbers near one, so that neither tiny nor huge residuals are lost.
+    unit = left_over.abs().amax(-1)
+    norm = unit * torch.where(unit[..., None] > 0, left_over / unit[..., None], 0.0).square().sum(-1).sqrt()
+    D = key.shape[-1]
+    residual = norm * (1 + D * HALF_ULP) + largest * (8 * math.sqrt(D) * HALF_ULP) + SMALLEST
+    return codes.to(torch.int8), scale, torch.where(sound, residual, torch.inf)
 
 
 def encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: KeyCodes) -> None:
@@ -88,15 +93,6 @@ def encode_keys_(key: torch.Tensor, first: torch.Tensor, count: int, codes: KeyC
         encoded = encode_keys(key.gather(2, at), codes.center, codes.spread)
         for target, new in zip(codes, encoded, strict=False):
             target.scatter_(2, at if new.dim() == 4 else at[..., 0], new)
-
-
-def _norm(left_over: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """At least the norm of what codes leave out of vectors whose largest element is ``largest``."""
-    D = left_over.shape[-1]
-    # Squares are taken of numbers near one, so that neither tiny nor huge residuals are lost.
-    unit = left_over.abs().amax(-1)
-    norm = unit * torch.where(unit[..., None] > 0, left_over / unit[..., None], 0.0).square().sum(-1).sqrt()
-    return norm * (1 + D * HALF_ULP) + largest * (8 * math.sqrt(D) * HALF_ULP) + SMALLEST
 
 
 def code_slack(head_dim: int) -> float:

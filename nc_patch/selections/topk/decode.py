@@ -61,20 +61,17 @@ def bound_topk_decode(problem: Problem, sink_keys: int, recent_keys: int) -> Cal
 
 def _decode_halves(sink_keys: int, recent_keys: int, _: Any, problem: Problem) -> AttentionResult:
     """Decodes one half of the sequences, or of the queries of one, and then the other."""
-    B, Lq = problem.visible.shape[:2]
-    middle = -(-(B if B > 1 else Lq) // 2)
+    several = len(problem.visible) > 1
+    # The axis along which each tensor is divided, if at all.
+    axes: list[int | None] = [0] * 6 if several else [2, None, None, 1, 1, 2]
+    axes.extend([None] * (problem.sinks is not None))
+    axes.extend([axes[1]] * len(problem.kept()))
+    whole, numbers = zip(problem.tensors(), axes, strict=True), [problem.scale, problem.softcap]
     results = []
-    for half in (slice(middle), slice(middle, None)):
-        of, at = (half, slice(None)) if B > 1 else (slice(None), half)
-        part = problem._replace(
-            query=problem.query[of, :, at], key=problem.key[of], value=problem.value[of],
-            visible=problem.visible[of, at], origin=problem.origin[of, at], budget=problem.budget[of, :, at],
-            key_index=tuple(t[of] for t in problem.key_index),
-            means=None if problem.means is None else PageMeans(*(t[of] for t in problem.means)),
-        )  # fmt: skip
-        results.append(bound_topk_decode(part, sink_keys, recent_keys)(part))
-    axis = 0 if B > 1 else 2
-    joined = (None if each[0] is None else torch.cat(each, axis) for each in zip(*results, strict=True))
+    for tensors in zip(*((t, t) if axis is None else t.chunk(2, axis) for t, axis in whole), strict=True):
+        half = Problem.unflatten([*tensors], numbers, problem.flags(), problem.most)
+        results.append(bound_topk_decode(half, sink_keys, recent_keys)(half))
+    joined = (None if each[0] is None else torch.cat(each, 0 if several else 2) for each in zip(*results, strict=True))
     return AttentionResult._make(joined)
 
 
@@ -116,27 +113,26 @@ def _decoder(problem: Problem, sink_keys: int, recent_keys: int) -> Decoder:
 def _decode_at_once(launches: Launches, splits: int, kept: dict[int, Any], problem: Problem) -> AttentionResult:
     """Decodes a problem all at once."""
     query, _, _, visible, origin, budget = problem[:6]
-    means, lse, bounds = problem.means, None, None
+    means, lse, bounds = None, None, None
     if problem.stats or problem.bounds:
         lse = query.new_empty(launches.rows, dtype=torch.float32)
-    arguments: dict[str, Any] = {"codes": KeyCodes(*problem.key_index), "lse": lse}
-    if means is None:
-        arguments["means"], arguments["inputs"] = None, RowInputs(visible, budget)
-    else:
-        arguments["means"] = PageMeans(*map(heads, means))  # type: ignore[arg-type]
-        arguments["inputs"] = RowInputs(visible, budget, origin)
+    if problem.means is not None:
+        means = PageMeans(*map(heads, problem.means))  # type: ignore[arg-type]
+    inputs = RowInputs(visible, budget, None if means is None else origin)
+    arguments: dict[str, Any] = {"codes": KeyCodes(*problem.key_index), "means": means, "inputs": inputs, "lse": lse}
     output = launches(kept, problem, arguments)
     if problem.bounds:
         scratch = arguments["scratch"]
-        masses = scratch.floats[scratch.masses :][: math.prod(launches.rows) * splits * 12]
-        bounds = _kept_mass_bounds(masses.view(*launches.rows, splits, 3, 2, 2), visible)
+        masses = scratch.floats[scratch.masses :][: math.prod(launches.rows) * splits * 9]
+        bounds = _kept_mass_bounds(masses.view(*launches.rows, splits, 3, 3), visible)
     return AttentionResult(output, lse, kept_mass_bounds=bounds)
 
 
 def _kept_mass_bounds(masses: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Bounds ``[B, Hq, Lq, 2]`` of the kept mass from ``[B, Hq, Lq, splits, 3, 2, 2]``, ``Masses`` of three kinds."""
-    peak, total = masses.double().unbind(-1)
-    unlisted, kept, others = (math.log(2) * (peak + total.log2())).logsumexp(3).unbind(3)
+    """Bounds ``[B, Hq, Lq, 2]`` of the kept mass from ``[B, Hq, Lq, splits, 3, 3]``, ``Masses`` of three kinds."""
+    peak, least, most = masses.double().unbind(-1)
+    totals = torch.stack((least.masked_fill(peak == math.inf, 0), most), -1)
+    unlisted, kept, others = (math.log(2) * (peak[..., None] + totals.log2())).logsumexp(3).unbind(3)
     # At least so much is kept of what the others are at most, and the other way round.
     share = torch.sigmoid(kept - torch.logaddexp(unlisted, others).flip(-1))
     lower = share[..., 0].nan_to_num(nan=0.0) * (1 - _SUM_SLACK) - _SMALLEST_MASS

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.triton.rows import attended_keys, head_of, program_rows, select_keys, span
-from nc_patch.ops.triton.scores import accumulate_run, dot, empty_softmax, fold, load_queries, logits_base2, score_run
-from nc_patch.ops.triton.split import MOST_ARRIVALS, finish_part, write_joined
-from nc_patch.ops.triton.structs import PER_CALL, Limits, Softmax
+from nc_patch.ops.triton.scores import accumulate, accumulate_run, empty_softmax, load_queries, logits_base2, score_run
+from nc_patch.ops.triton.split import finish_part, write_joined
+from nc_patch.ops.triton.structs import PER_CALL, Limits
 from nc_patch.ops.triton.tail import PAGE, pages_of_rows
 from nc_patch.selections.topk.scan import add_masses, entries_at, entries_of, no_masses, store_masses
 
@@ -25,8 +25,7 @@ def gather_kernel(
     The last part writes the results. ``join_shape`` is ``shape`` with no more rows than a block has.
     """
     rows = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, shape.BLOCK_M)
-    block = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     softmax = empty_softmax(shape)
     if part < splits:
         limits = Limits(scratch.floats + scratch.threshold, scratch.integers + scratch.ties_end)
@@ -40,10 +39,8 @@ def gather_kernel(
         softmax = gather_pages(
             softmax, queries, means, rows, begin, counts, part - splits, parts - splits, settings, shape
         )  # fmt: skip
-    partial = Softmax(scratch.floats + scratch.acc, scratch.floats + scratch.peak, scratch.floats + scratch.total)
-    arrivals = scratch.integers + scratch.arrivals + block * MOST_ARRIVALS
     joining = program_rows(inputs, budget_heads, num_kv_heads, group, Lq, Lk, join_shape.BLOCK_M)
-    last, softmax = finish_part(partial, rows, softmax, part, parts, arrivals, shape, joining, join_shape)
+    last, softmax = finish_part(scratch, block, rows, softmax, part, parts, shape, joining, join_shape)
     if last:
         write_joined(softmax, joining, sinks, joining.wanted, output, lse, None, join_shape)
 
@@ -53,7 +50,6 @@ def gather_entries(softmax, values, rows, selected, scratch, splits, segment, se
     """The ``Softmax`` of one split's entries; with ``BOUNDS`` their ``Masses`` are stored."""
     positions, count, first = entries_of(scratch, splits, segment)
     stop = first + tl.load(count)
-    dv = tl.arange(0, shape.BLOCK_DV)
     kept = no_masses(shape.BLOCK_M)
     others = kept
     for begin in range(first, stop, shape.BLOCK_N):
@@ -62,11 +58,8 @@ def gather_entries(softmax, values, rows, selected, scratch, splits, segment, se
         score = tl.load(scratch.floats + scratch.scores + at, mask=inside, other=0.0)
         chosen = inside & attended_keys(score, position, selected)
         read = tl.max(chosen.to(tl.int32), axis=0) > 0
-        places = values.data + position.to(tl.int64)[:, None] * values.stride + dv[None, :]
-        tile_values = tl.load(places, mask=read[:, None] & (dv < shape.DV)[None, :], other=0.0)
         logits = tl.where(chosen, logits_base2(score, settings), float("-inf"))
-        peak, total, weights, shrink = fold(logits, softmax.peak, softmax.total)
-        softmax = Softmax(dot(weights.to(tile_values.dtype), tile_values, softmax.acc * shrink[:, None]), peak, total)
+        softmax = accumulate(softmax, logits, values.data, position.to(tl.int64) * values.stride, read, shape)
         if BOUNDS:
             error = tl.load(scratch.floats + scratch.errors + at, mask=inside, other=0.0)
             seen = (position[None, :] >= rows.start[:, None]) & (position[None, :] < rows.end[:, None])

@@ -120,7 +120,7 @@ def scratch_of(plan: Plan, problem: Problem) -> dict[str, int]:
         "total": parts,
         "acc": parts * problem.value.shape[3],
         # The three ``Masses`` of each split of each row, see ``scan.store_masses``.
-        "masses": 3 * 4 * splits * bounds,
+        "masses": 3 * 3 * splits * bounds,
     }
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from nc_patch.ops.triton.rows import budget_of, forced_keys, head_of, program_rows, row_pointers, span, visible_keys
-from nc_patch.ops.triton.scores import dot, fold, load_queries, logits_base2
+from nc_patch.ops.triton.scores import dot_scores, finite_or_zero, fold, load_queries, logits_base2
 from nc_patch.ops.triton.structs import PER_CALL, Rows
 from nc_patch.selections.topk.codes import KeyCodes
 from nc_patch.selections.topk.encode import HALF_ULP, LARGEST, SMALLEST
@@ -50,16 +50,9 @@ class CodedRows(NamedTuple):
 Sought = namedtuple("Sought", "first last least")
 
 
-class Masses(NamedTuple):
-    """Sums of exponentials of each row, at least and at most, of keys whose scores are known from both sides.
-
-    Each is the largest logit in base 2, and the sum over ``2**finite_or_zero(peak)``.
-    """
-
-    least_peak: Any
-    least_total: Any
-    most_peak: Any
-    most_total: Any
+# Sums of exponentials of each row, at least and at most, of keys whose scores are known from both sides: both over
+# ``2**peak``, the largest that one may be. Where that is infinite the least is not known.
+Masses = namedtuple("Masses", "peak least most")
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "length", "splits", "segment", "again"])
@@ -156,33 +149,28 @@ def collect(
 ):  # fmt: skip
     """Scores the keys of the entries ``first:stop`` exactly, and adds those that a row seeks to its collection.
 
-    Places in a collection are given out to a program at once, after it has counted. Their order is no matter: it is a
-    set. With ``BOUNDS`` what scores may be off by is stored, too.
+    Their order there is no matter: it is a set. With ``BOUNDS`` what scores may be off by is stored, too.
     """
     queries = load_queries(query, rows, shape)
-    taken = tl.zeros([shape.BLOCK_M], dtype=tl.int32)
+    collected = scratch.integers + scratch.reached + rows.row * 2 + again
     for begin in tl.range(first, stop, shape.BLOCK_N, num_stages=2):
         at, position, here = entries_at(rows, positions, begin, stop, stride, shape)
         inside = rows.valid[:, None] & here[None, :]
-        score, error = exact_scores(queries, keys, position, here, shape, BOUNDS)
+        offsets = position.to(tl.int64) * keys.stride
+        score = dot_scores(queries, keys.data, offsets, here, shape, True)
         tl.store(scratch.floats + scratch.scores + at, score, mask=inside)
         if BOUNDS:
-            tl.store(scratch.floats + scratch.errors + at, error, mask=inside)
-        taken += tl.sum(are_sought(score, position, inside, sought), axis=1)
-    counts = scratch.integers + scratch.reached + rows.row * 2 + again
-    taken = tl.atomic_add(counts, taken, mask=rows.valid & (taken > 0), sem="relaxed")
-    # What other threads have stored is read back.
-    tl.debug_barrier()
-    for begin in range(first, stop, shape.BLOCK_N):
-        at, position, here = entries_at(rows, positions, begin, stop, stride, shape)
-        inside = rows.valid[:, None] & here[None, :]
-        score = tl.load(scratch.floats + scratch.scores + at, mask=inside, other=0.0)
-        ones = are_sought(score, position, inside, sought)
+            size = dot_scores(queries, keys.data, offsets, here, shape, True, True)
+            tl.store(scratch.floats + scratch.errors + at, size * ((shape.D + 16) * _MATRIX_ULP), mask=inside)
+        rival = (position[None, :] >= sought.first[:, None]) & (position[None, :] < sought.last[:, None])
+        # NaN reaches any score.
+        ones = (inside & rival & ~(score < sought.least[:, None])).to(tl.int32)
+        count = tl.sum(ones, axis=1)
+        taken = tl.atomic_add(collected, count, mask=rows.valid & (count > 0), sem="relaxed")
         place = (rows.row * stride + taken)[:, None] + tl.cumsum(ones, axis=1) - ones
         where = scratch.integers + scratch.reached_positions + place
         tl.store(where, tl.broadcast_to(position[None, :], place.shape), mask=ones > 0)
         tl.store(scratch.floats + scratch.reached_scores + place, score, mask=ones > 0)
-        taken += tl.sum(ones, axis=1)
 
 
 @triton.jit
@@ -198,34 +186,6 @@ def entries_at(rows, positions, begin, stop, stride, shape):
     """Of ``BLOCK_N`` entries: places by row, which has ``stride``; positions; whether they come before ``stop``."""
     e = begin + tl.arange(0, shape.BLOCK_N)
     return rows.row[:, None] * stride + e[None, :], tl.load(positions + e, mask=e < stop, other=0), e < stop
-
-
-@triton.jit
-def are_sought(score, position, inside, sought):
-    """1 for the entries ``inside`` that a row seeks, 0 for the others."""
-    rival = (position[None, :] >= sought.first[:, None]) & (position[None, :] < sought.last[:, None])
-    # NaN reaches any score.
-    return (inside & rival & ~(score < sought.least[:, None])).to(tl.int32)
-
-
-@triton.jit
-def exact_scores(queries, keys, position, here, shape, BOUNDS: tl.constexpr):
-    """q·k in float32 of the keys at ``position``, and with ``BOUNDS`` what it may be off by."""
-    score = tl.zeros([shape.BLOCK_M, shape.BLOCK_N], dtype=tl.float32)
-    size = score
-    offsets = position.to(tl.int64) * keys.stride
-    for begin in tl.static_range(0, shape.BLOCK_D, shape.CHUNK_D):
-        d = begin + tl.arange(0, shape.CHUNK_D)
-        part = queries.tile
-        if shape.CHUNK_D < shape.BLOCK_D:
-            inside = queries.valid[:, None] & (d < shape.D)[None, :]
-            part = tl.load(queries.rows[:, None] + d[None, :], mask=inside, other=0.0)
-        inside = here[None, :] & (d < shape.D)[:, None]
-        tile = tl.load(keys.data + (offsets[None, :] + d[:, None]), mask=inside, other=0.0)
-        score = dot(part, tile, score)
-        if BOUNDS:
-            size = dot(tl.abs(part), tl.abs(tile), size)
-    return score, size * ((shape.D + 16) * _MATRIX_ULP)
 
 
 @triton.jit
@@ -330,9 +290,8 @@ def coded_scores(coded, product, sizes):
 @triton.jit
 def no_masses(BLOCK_M: tl.constexpr):
     """The ``Masses`` of no key."""
-    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    return Masses(peak, total, peak, total)
+    none = tl.zeros([BLOCK_M], dtype=tl.float32)
+    return Masses(none - float("inf"), none, none)
 
 
 @triton.jit
@@ -350,16 +309,15 @@ def add_masses(masses, score, error, among, settings):
     upper += (tl.abs(upper) + limit) * _LOGIT_SLACK
     lower = tl.where(among & (lower == lower), lower, float("-inf"))
     upper = tl.where(among, tl.where(upper == upper, upper, float("inf")), float("-inf"))
-    least_peak, least_total, _weights, _shrink = fold(lower, masses.least_peak, masses.least_total)
-    most_peak, most_total, _weights, _shrink = fold(upper, masses.most_peak, masses.most_total)
-    return Masses(least_peak, least_total, most_peak, most_total)
+    peak, most, _weights, shrink = fold(upper, masses.peak, masses.most)
+    least = masses.least * shrink + tl.sum(tl.exp2(lower - finite_or_zero(peak)[:, None]), axis=1)
+    return Masses(peak, least, most)
 
 
 @triton.jit
 def store_masses(scratch, rows, splits, kind, masses):
     """Stores a split's ``Masses`` of one of three kinds: of keys not listed, of keys attended, of the other entries."""
-    at = scratch.floats + scratch.masses + ((rows.row * splits + tl.program_id(1)) * 3 + kind) * 4
-    tl.store(at, masses.least_peak, mask=rows.valid)
-    tl.store(at + 1, masses.least_total, mask=rows.valid)
-    tl.store(at + 2, masses.most_peak, mask=rows.valid)
-    tl.store(at + 3, masses.most_total, mask=rows.valid)
+    at = scratch.floats + scratch.masses + ((rows.row * splits + tl.program_id(1)) * 3 + kind) * 3
+    tl.store(at, masses.peak, mask=rows.valid)
+    tl.store(at + 1, masses.least, mask=rows.valid)
+    tl.store(at + 2, masses.most, mask=rows.valid)
