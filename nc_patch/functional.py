@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from nc_patch import library
 from nc_patch.common import as_number, autocast_off, cast_for_autocast, check_bool, plain, say_once, shown
-from nc_patch.config import NCConfig, check_option_names
+from nc_patch.config import NCConfig, as_selection, check_option_names
 from nc_patch.ops.backends import choose_backend
 from nc_patch.ops.derivatives import needs_gradient, refuse_transforms
 from nc_patch.ops.means import PageMeans
@@ -142,10 +142,10 @@ def _config(alpha: Any, C: Any, selection: Any, **options: Any) -> NCConfig:
             "sparse_attention for return_stats or return_kept_mass"
         )
     check_option_names(options, but=_ELSEWHERE)
-    if selection is None:
-        raise ValueError(f"selection must be one of {', '.join(map(repr, selection_names()))}, got None")
+    # By both names: Dynamo of PyTorch 2.11 gives a frozen dataclass the defaults of what is left out.
+    phases = dict.fromkeys(("prefill", "decode"), as_selection("selection", selection))
     per_head = lambda v: [list(v)] if isinstance(v, Sequence) and not isinstance(v, (str, bytes)) else v  # noqa: E731
-    return NCConfig(per_head(alpha), per_head(C), selection=selection, **{"dense_below": 0, **options})
+    return NCConfig(per_head(alpha), per_head(C), **phases, **{"dense_below": 0, **options})
 
 
 def by_index(problem: Problem, index: KeyIndex, most: int) -> Problem:
