@@ -47,9 +47,10 @@ def run_demo(argv: Sequence[str]) -> int:
         config = NCConfig(given.alpha, given.C)
     except ValueError as error:
         raise EvalError(str(error)) from error
+    content = load_text(given.text).content
     loaded = load_chosen_model(given)
     model, tokenizer = loaded.model, loaded.tokenizer
-    prompt = prompt_of(tokenizer, given.text, given.tokens, given.question).to(model.device)
+    prompt = prompt_of(tokenizer, content, given.tokens, given.question).to(model.device)
     where = f"{torch.get_num_threads()} threads" if model.device.type == "cpu" else str(model.device)
     print(f"{given.model}, a prompt of {prompt.shape[1]:,} tokens of {given.text}, on {where}")
     print(f"Question: {given.question or QUESTION}\n")
@@ -63,10 +64,9 @@ def run_demo(argv: Sequence[str]) -> int:
 
 def prompt_of(tokenizer: Any, text: str, tokens: int, question: str | None) -> torch.Tensor:
     """Token ids ``[1, N]``: ``tokens`` of a text, with a fact in its middle if nothing is asked, and a question."""
-    source = load_text(text)
-    ids = tokenizer(source.content[: tokens * 12], add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text[: tokens * 12], add_special_tokens=False)["input_ids"]
     if len(ids) < tokens:
-        raise EvalError(f"the text {source.name} has {len(ids):,} tokens, and --tokens asks for {tokens:,}")
+        raise EvalError(f"the text has {len(ids):,} tokens, and --tokens asks for {tokens:,}: give fewer, or more text")
     halves = (tokenizer.decode(part) for part in (ids[: tokens // 2], ids[tokens // 2 : tokens]))
     asked = f"{(f' {FACT} ' if question is None else '').join(halves)}\n\n{question or QUESTION}"
     if getattr(tokenizer, "chat_template", None):
