@@ -26,9 +26,10 @@ from eval_tasks.synthetic.sample import tokens_of
 from eval_tasks.tasks import Sample
 from nc_patch import NCConfig, nc_stats, patched, reset_stats
 
-Phase = Literal["all", "prefill", "question", "decode"]
+Phase = Literal["all", "generate", "prefill", "question", "decode"]
 SPARSE_IN: dict[Phase, str] = {
     "all": "the whole forward pass",
+    "generate": "a prompt in one pass, and the scored tokens, or the answer, one by one after it",
     "prefill": "the context; the scored tokens, or the answer, are dense",
     "question": "the scored tokens, or question and answer, after a dense prefill",
     "decode": "the scored tokens, or the answer, one by one after a dense prefill",
@@ -139,7 +140,7 @@ def measure(model: Any, attention: Attention, sample: Sample, phase: Phase = "al
     """
     ids = torch.from_numpy(sample.ids).to(model.device)
     length, scored = len(ids) - 1, sample.scored
-    compute = _one_by_one if phase == "decode" else forward
+    compute = _one_by_one if phase in ("generate", "decode") else forward
     read = lambda cache, peak: (compute(model, ids[:-1], scored, cache), scored, scored)  # noqa: E731
     with memory_watched(length):
         logits, counts = in_phase(phase, model, attention, ids[: -scored - 1], scored, read)
@@ -216,7 +217,7 @@ def in_phase(
     cache, counts = None, {}
     with Peak(model) as peak:
         if phase != "all":
-            with _attending(model, config if phase == "prefill" else None, None) as counts:
+            with _attending(model, config if phase in ("generate", "prefill") else None, None) as counts:
                 cache = _prefilled(model, context, attention)
             peak.mark("prefill_seconds")
         with _attending(model, None if phase == "prefill" else config, tail) as counted:

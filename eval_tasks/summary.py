@@ -233,7 +233,7 @@ def _sparse_seconds(frame: pd.DataFrame) -> pd.Series:
     NaN where it was not timed apart, or there is no such token.
     """
     after_first = (frame["seconds"] - frame["first_token_seconds"]) / (frame["said_tokens"] - 1)
-    which = [frame["score"].notna(), frame["phase"] == "all", frame["phase"] == "prefill"]
+    which = [frame["score"].notna(), frame["phase"].isin(["all", "generate"]), frame["phase"] == "prefill"]
     spent = [after_first, frame["seconds"], frame["prefill_seconds"]]
     seconds = pd.Series(np.select(which, spent, frame["seconds"] - frame["prefill_seconds"]), frame.index)
     return seconds.where(np.isfinite(seconds) & (seconds > 0))

@@ -83,6 +83,9 @@ def test_phases_attend_what_the_law_says_where_they_are_sparse_and_time_their_pr
         losses[phase] = measured["loss_sum"]
     # A row scores the same whether it is read alone or with others.
     assert losses.pop("decode") == pytest.approx(losses["question"], rel=1e-5)
+    generated = losses.pop("generate")
+    if method != "block":  # whose queries choose together
+        assert generated == pytest.approx(losses["all"], rel=1e-5)
     dense = measure(model, None, sample)["loss_sum"]
     assert method == "dense" or len({round(loss, 4) for loss in (dense, *losses.values())}) == 1 + len(losses)
 
