@@ -229,6 +229,8 @@ def in_phase(
     dense = _dense(model, phase, len(context), length, scored)
     if config is not None and phase == "prefill":  # what is scored was read densely
         counted = counts | {name: dense[name] for name in _COUNTS[2:]}
+    elif config is not None:  # of both parts where both are sparse
+        counted["ran_dense"] = dict(Counter(counts.get("ran_dense", {})) + Counter(counted["ran_dense"]))
     return result, dense | counted | peak.found
 
 

@@ -85,6 +85,7 @@ class Report:
             self.result = _lead(at, self.table, what)
         if len(compared):
             self.details["effective"] = summary.effective_lengths(compared)
+        self.details = {name: table for name, table in self.details.items() if len(table)}
 
     def facts(self) -> str:
         """What was measured on what, in a line."""
@@ -134,15 +135,16 @@ def write_report(directories: Sequence[Path], out: Path | None = None, within: f
     merged = summary.merge_runs(directories)
     check_out(target, REPORT_FILES)
     report = Report(*merged, within)
-    csv = {name: summary.csv_of(table).encode() for name, table in report.csv.items()}
+    plots, csv = report.plots(), {name: summary.csv_of(table).encode() for name, table in report.csv.items()}
     page = PAGE.render(
         report=report,
+        plots=plots,
         percent=f"{100 * within:g}",
         files={name: _data("text/csv", content) for name, content in csv.items()},
         picture=lambda panel: _data("image/svg+xml", figures.to_svg(figures.draw([panel]))),
         table=_to_html,
     )
-    picture = figures.to_png(figures.draw(next(iter(report.plots().values()))))
+    picture = figures.to_png(figures.draw(next(iter(plots.values()))))
     for name, content in {**csv, MAIN_FIGURE: picture, REPORT: page.encode()}.items():
         write_atomically(target / name, content)
     return [*([report.table.title, "", report.table.to_text(), ""] if report.table else []), report.result]

@@ -208,10 +208,12 @@ _CELL, _OF_TEXT = tuple(field.name for field in fields(Cell)), ("loss_sum", "tok
 _IDENTITY = ("model", "phase", "match", "methods", "tasks", "lengths", "samples", "equal_at")
 _RUN = ("command", "text_origin", "model_dtype", "text_tokens", "model_parameters", "planned", "hardware", "sessions")
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("task", "method", "failed", *_IDENTITY[:3], *_RUN[:3]), str),
-    **dict.fromkeys(("length", "sample", *_IDENTITY[6:], *_RUN[3:6]), int),
+    **dict.fromkeys(("task", "method", "failed", "model", "phase", "match"), str),
+    **dict.fromkeys(("command", "text_origin", "model_dtype"), str),
+    **dict.fromkeys(("length", "sample", "samples", "equal_at"), int),
+    **dict.fromkeys(("text_tokens", "model_parameters", "planned"), int),
     **dict.fromkeys(("score", *_OF_TEXT), (int, float)),
-    **dict.fromkeys(("sessions", *_IDENTITY[3:6]), list),
+    **dict.fromkeys(("sessions", "methods", "tasks", "lengths"), list),
     **dict.fromkeys(("hardware", "identity"), dict),
 }
 
